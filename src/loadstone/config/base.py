@@ -1,0 +1,132 @@
+"""`GPTConfig`: the fields that make one GPT a GPT-2 and another a Llama. A family is a set of values, never a subclass.
+
+Pure data: no torch, no file access. What each program writes into its own config file is translated in the
+neighbouring modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import ConfigError
+
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "factors")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with the scalings that lengthen the context.
+
+    The model rotates halves: element j with element j + head_dim/2. Files that rotate neighbouring pairs (Meta, GGUF)
+    have their q and k rows permuted on the way in.
+    """
+
+    theta: float = 10_000.0  # base of the wavelengths
+    scaling: str = "none"  # one of ROPE_SCALINGS
+    factor: float = 1.0  # how many times longer the context became
+    original_context: int = 0  # tokens of the first training; llama3 and yarn scale relative to it
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context/low are scaled in full
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context/high are left alone
+    beta_fast: float = 32.0  # yarn: rotations above which a dimension is left alone
+    beta_slow: float = 1.0  # yarn: rotations below which a dimension is scaled in full
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; None means 0.1 ln(factor) + 1
+    factors: tuple[float, ...] = ()  # "factors": one divisor per frequency (GGUF's rope_freqs.weight)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything the model needs to know besides its weights. Units are counts unless said otherwise.
+
+    The default biases, norm and activation are GPT-2's. Raises ConfigError on values that contradict each other.
+    """
+
+    vocab_size: int  # rows of the token embedding; may be padded beyond what the tokenizer knows
+    context_length: int  # most tokens the model can attend over
+    d_model: int  # width of the residual stream
+    n_layers: int
+    n_heads: int  # query heads
+    n_kv_heads: int = 0  # key/value heads, shared by groups of query heads (GQA); 0 means n_heads
+    head_dim: int = 0  # 0 means d_model / n_heads
+    d_ff: int = 0  # width inside the MLP; 0 means 4 d_model
+    architecture: str = "gpt2"  # which weight tables apply: gpt2, llama
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"  # GPT-2 was trained with the tanh form: erf (`gelu`) differs by up to 4.7e-4 a unit
+    gated_mlp: bool = False  # SwiGLU: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    rope: Rope | None = None  # None: learned position embeddings
+    qkv_bias: bool = True
+    attn_out_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    tied: bool = True  # the head is the token embedding: one tensor
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive whole number, found {value!r}.")
+        for name, default in (("n_kv_heads", self.n_heads), ("d_ff", 4 * self.d_model)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+        if not self.head_dim:
+            if self.d_model % self.n_heads:
+                raise ConfigError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}.")
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        for name in ("n_kv_heads", "head_dim", "d_ff"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive whole number, found {value!r}.")
+        self._check()
+
+    def _check(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.")
+        if self.rope is not None and self.head_dim % 2:
+            raise ConfigError(f"rotary embedding turns pairs: head_dim {self.head_dim} is odd.")
+        if not (isinstance(self.norm_eps, (int, float)) and math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps must be a positive number, found {self.norm_eps!r}.")
+        scaling = self.rope.scaling if self.rope else "none"
+        for name, value, known in (
+            ("norm", self.norm, NORMS),
+            ("activation", self.activation, ACTIVATIONS),
+            ("rope scaling", scaling, ROPE_SCALINGS),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is not supported; known: {', '.join(known)}.")
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> GPTConfig:
+        """A copy with some fields replaced. Derived fields that the caller does not name are derived anew.
+
+        Raises ConfigError for a name that is no field.
+        """
+        known = {field.name for field in fields(self)}
+        if unknown := sorted(set(overrides) - known):
+            raise ConfigError(f"no config field is called {', '.join(unknown)}; fields: {', '.join(sorted(known))}.")
+        derived: dict[str, int] = {}
+        if {"n_heads", "d_model"} & set(overrides):
+            derived = {"head_dim": 0} | ({"n_kv_heads": 0} if self.n_kv_heads == self.n_heads else {})
+        return replace(self, **(derived | dict(overrides)))
+
+
+def gpt2_config(d_model: int, n_layers: int, n_heads: int) -> GPTConfig:
+    """One of OpenAI's four GPT-2 sizes (and anything of that shape)."""
+    return GPTConfig(50_257, 1024, d_model, n_layers, n_heads, bos_id=50_256, eos_ids=(50_256,))
+
+
+# OpenAI's sizes by what they are called; the true counts are 124.4M, 354.8M, 774.0M and 1,557.6M parameters.
+PRESETS: Mapping[str, GPTConfig] = MappingProxyType(
+    {
+        "gpt2": gpt2_config(768, 12, 12),
+        "gpt2-medium": gpt2_config(1024, 24, 16),
+        "gpt2-large": gpt2_config(1280, 36, 20),
+        "gpt2-xl": gpt2_config(1600, 48, 25),
+    }
+)

@@ -1,0 +1,90 @@
+"""Reading a foreign config: typed look-ups that name the key, and the refusal of fields that nobody handled.
+
+A config field that changes the function but is ignored makes a model that is almost right. So each reader says
+which keys it used, which are harmless, and everything else must be absent, null or false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import ConfigError
+
+
+class Fields:
+    """A foreign config while it is being read; remembers which keys were looked at.
+
+    Args:
+        values: the parsed config.
+        where: file name or the like, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self.seen: set[str] = set()
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], kind_name: str) -> Any:
+        self.seen.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is ...:
+                raise ConfigError(f"{self.where}: the field {key!r} is missing.")
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"{self.where}: {key!r} should be {kind_name}, found {value!r}.")
+        return value
+
+    def integer(self, key: str, default: Any = ...) -> Any:
+        value = self._get(key, default, (int, float), "a whole number")
+        if isinstance(value, float):
+            if not value.is_integer():
+                raise ConfigError(f"{self.where}: {key!r} should be a whole number, found {value!r}.")
+            value = int(value)
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        value = self._get(key, default, (int, float), "a number")
+        return float(value)
+
+    def flag(self, key: str, default: Any = ...) -> bool:
+        return bool(self._get(key, default, (bool,), "true or false"))
+
+    def text(self, key: str, default: Any = ...) -> str:
+        return str(self._get(key, default, (str,), "a text"))
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        value: Mapping[str, Any] = self._get(key, {}, (Mapping,), "a table")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A token id or a list of them; absent or null is none."""
+        self.seen.add(key)
+        value = self.values.get(key)
+        found = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in found):
+            raise ConfigError(f"{self.where}: {key!r} should be a token id or a list of them, found {value!r}.")
+        return tuple(item for item in found if item >= 0)
+
+    def must_be(self, key: str, *allowed: Any) -> None:
+        """Refuse a known field whose other values ask for something that the model does not do."""
+        self.seen.add(key)
+        if key in self.values and self.values[key] not in allowed:
+            wanted = " or ".join(repr(value) for value in allowed)
+            raise ConfigError(
+                f"{self.where}: {key!r} is {self.values[key]!r}; this model only does {wanted}, "
+                "so its answers would be wrong. Refused."
+            )
+
+    def refuse_others(self, harmless: Iterable[str], ignore: Iterable[str] = ()) -> None:
+        """Raise ConfigError for fields that nobody looked at, unless null, false, harmless, or named by the caller."""
+        known = self.seen | set(harmless) | set(ignore)
+        unknown = [
+            key for key, value in self.values.items() if key not in known and value is not None and value is not False
+        ]
+        if unknown:
+            listed = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unknown)
+            raise ConfigError(
+                f"{self.where}: {listed}: not known here, and a field that changes the function must not be dropped "
+                f"silently. If you know it to be harmless, name it: --ignore-config {' '.join(unknown)}."
+            )

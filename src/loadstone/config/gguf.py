@@ -1,0 +1,94 @@
+"""GGUF metadata as a config (key names as llama.cpp writes them; its `gguf-py/gguf/constants.py` lists them)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from .base import GPTConfig, Rope
+from .fields import Fields
+from .others import LLAMA_FIELDS
+
+# Keys under the architecture's name that do not change the function.
+HARMLESS = ("vocab_size", "rope.scaling.finetuned", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+
+
+def from_gguf(
+    metadata: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    rope_factors: tuple[float, ...] = (),
+    where: str = "GGUF metadata",
+    ignore: Iterable[str] = (),
+) -> GPTConfig:
+    """Translate GGUF key-values.
+
+    Args:
+        metadata: all key-values of the file.
+        facts: config fields that GGUF keeps only in its tensors: `vocab_size` (rows of `token_embd`), `tied` (no
+            `output.weight`), `qkv_bias` and the other biases.
+        rope_factors: values of `rope_freqs.weight`, if the file has it (Llama 3's scaling).
+        where: for errors.
+        ignore: fields that the caller knows to be harmless.
+
+    Raises ConfigError for an architecture that is not supported and for fields that nobody handles.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in ("gpt2", "llama"):
+        raise ConfigError(f"{where}: general.architecture {architecture!r} is not supported; known: gpt2, llama.")
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    fields = Fields(own, f"{where} ({prefix}*)")
+    n_heads = fields.integer("attention.head_count")
+    sizes: dict[str, Any] = {
+        "architecture": architecture,
+        "vocab_size": facts["vocab_size"],
+        "context_length": fields.integer("context_length"),
+        "d_model": fields.integer("embedding_length"),
+        "n_layers": fields.integer("block_count"),
+        "n_heads": n_heads,
+        "n_kv_heads": fields.integer("attention.head_count_kv", n_heads),
+        "d_ff": fields.integer("feed_forward_length"),
+        **{key: facts[key] for key in ("tied", "qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias")},
+        **_special_ids(metadata),
+    }
+    for expert_key in ("expert_count", "expert_used_count"):
+        fields.must_be(expert_key, 0, None)
+    if architecture == "gpt2":
+        config = GPTConfig(**sizes, norm_eps=fields.number("attention.layer_norm_epsilon", 1e-5))
+    else:
+        head_dim = fields.integer("attention.key_length", 0)
+        fields.must_be("attention.value_length", head_dim, None)
+        rope = _rope(fields, rope_factors)
+        # Every dimension of a head is turned; partial rotary is another family's.
+        fields.must_be("rope.dimension_count", head_dim or sizes["d_model"] // n_heads, None)
+        eps = fields.number("attention.layer_norm_rms_epsilon", 1e-5)
+        config = GPTConfig(**(LLAMA_FIELDS | sizes), head_dim=head_dim, norm_eps=eps, rope=rope)
+    fields.refuse_others(HARMLESS, ignore)
+    return config
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    fields = Fields(metadata, "GGUF metadata")
+    bos = fields.ids("tokenizer.ggml.bos_token_id")
+    return {"bos_id": bos[0] if bos else None, "eos_ids": fields.ids("tokenizer.ggml.eos_token_id")}
+
+
+def _rope(fields: Fields, factors: tuple[float, ...]) -> Rope:
+    theta = fields.number("rope.freq_base", 10_000.0)
+    kind = fields.text("rope.scaling.type", "none")
+    factor = fields.number("rope.scaling.factor", 1.0)
+    original = fields.integer("rope.scaling.original_context_length", 0)
+    if factors:
+        # Llama 3's converter folds its scaling into this tensor and leaves the type out.
+        if kind not in ("none", "llama3"):
+            raise ConfigError(f"{fields.where}: has rope_freqs.weight and rope.scaling.type {kind!r}: contradictory.")
+        return Rope(theta=theta, scaling="factors", factors=factors)
+    if kind == "none":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, scaling="linear", factor=factor)
+    if kind == "yarn":
+        return Rope(theta=theta, scaling="yarn", factor=factor, original_context=original)
+    raise ConfigError(f"{fields.where}: rope.scaling.type {kind!r} is not supported; known: none, linear, yarn.")

@@ -1,0 +1,147 @@
+"""HuggingFace's `config.json` for GPT-2 and Llama (fields and defaults as in transformers 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from .base import GPTConfig, Rope
+from .fields import Fields
+
+ACTIVATION_NAMES = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+# Fields that do not change what the model computes at inference: training settings, bookkeeping, other engines' hints.
+HARMLESS = frozenset(
+    """_name_or_path architectures attn_pdrop auto_map chunk_size_feed_forward dropout dtype embd_pdrop finetuning_task
+    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder is_llama_config
+    keys_to_ignore_at_inference label2id max_length model_type n_special predict_special_tokens problem_type
+    reorder_and_upcast_attn resid_pdrop sep_token_id pad_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version
+    unsloth_version unsloth_fixed use_cache attention_dropout hidden_dropout output_attentions output_hidden_states
+    return_dict return_dict_in_generate do_sample temperature top_k top_p num_return_sequences repetition_penalty
+    _attn_implementation _attn_implementation_autoset""".split()
+)
+
+
+def from_hf(values: Mapping[str, Any], where: str = "config.json", ignore: Iterable[str] = ()) -> GPTConfig:
+    """Translate a parsed `config.json`.
+
+    Raises ConfigError for an unsupported model type, a missing field, and any field that would change the function
+    but is not handled; `ignore` names fields that the caller knows to be harmless.
+    """
+    fields = Fields(values, where)
+    model_type = fields.text("model_type")
+    reader = READERS.get(model_type)
+    if reader is None:
+        raise ConfigError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(READERS)}.")
+    config = reader(fields)
+    fields.refuse_others(HARMLESS, ignore)
+    return config
+
+
+def _activation(fields: Fields, key: str, default: str) -> str:
+    name = fields.text(key, default)
+    if name not in ACTIVATION_NAMES:
+        raise ConfigError(f"{fields.where}: {key} {name!r} is not supported; known: {', '.join(ACTIVATION_NAMES)}.")
+    return ACTIVATION_NAMES[name]
+
+
+def _special_ids(fields: Fields) -> dict[str, Any]:
+    bos = fields.ids("bos_token_id")
+    return {"bos_id": bos[0] if bos else None, "eos_ids": fields.ids("eos_token_id")}
+
+
+def _gpt2(fields: Fields) -> GPTConfig:
+    context = fields.integer("n_positions", None) or fields.integer("n_ctx")
+    fields.must_be("n_ctx", context, None)
+    fields.must_be("scale_attn_weights", True)
+    fields.must_be("scale_attn_by_inverse_layer_idx", False)
+    fields.must_be("add_cross_attention", False)
+    d_model = fields.integer("n_embd")
+    return GPTConfig(
+        vocab_size=fields.integer("vocab_size"),
+        context_length=context,
+        d_model=d_model,
+        n_layers=fields.integer("n_layer"),
+        n_heads=fields.integer("n_head"),
+        d_ff=fields.integer("n_inner", 4 * d_model),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        activation=_activation(fields, "activation_function", "gelu_new"),
+        tied=fields.flag("tie_word_embeddings", True),
+        **_special_ids(fields),
+    )
+
+
+def _llama(fields: Fields) -> GPTConfig:
+    # pretraining_tp > 1 only reorders the arithmetic of a training cluster; 1 is what every shipped model says.
+    fields.must_be("pretraining_tp", 1)
+    fields.must_be("rope_interleaved", False)
+    n_heads = fields.integer("num_attention_heads")
+    bias = fields.flag("attention_bias", False)
+    context = fields.integer("max_position_embeddings", 2048)
+    return GPTConfig(
+        architecture="llama",
+        vocab_size=fields.integer("vocab_size"),
+        context_length=context,
+        d_model=fields.integer("hidden_size"),
+        n_layers=fields.integer("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("num_key_value_heads", n_heads),
+        head_dim=fields.integer("head_dim", 0),
+        d_ff=fields.integer("intermediate_size"),
+        norm="rmsnorm",
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_bias=False,
+        activation=_activation(fields, "hidden_act", "silu"),
+        gated_mlp=True,
+        rope=_rope(fields, context),
+        qkv_bias=bias,
+        attn_out_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+        tied=fields.flag("tie_word_embeddings", False),
+        **_special_ids(fields),
+    )
+
+
+def _rope(fields: Fields, context: int) -> Rope:
+    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    theta = fields.number("rope_theta", 10_000.0)
+    table = {**fields.table("rope_scaling"), **fields.table("rope_parameters")}
+    inner = Fields(table, f"{fields.where}: rope scaling")
+    kind = inner.text("rope_type", None if "type" in table else "default")
+    if "type" in table:
+        kind = inner.text("type")
+    inner.must_be("partial_rotary_factor", 1, 1.0)
+    common: dict[str, Any] = {"theta": inner.number("rope_theta", theta)}
+    original = inner.integer("original_max_position_embeddings", context)
+    if kind in ("default", "none"):
+        rope = Rope(**common)
+    elif kind == "linear":
+        rope = Rope(**common, scaling="linear", factor=inner.number("factor"))
+    elif kind == "llama3":
+        low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+        rope = Rope(**common, scaling="llama3", factor=inner.number("factor"), original_context=original,
+                    low_freq_factor=low, high_freq_factor=high)  # fmt: skip
+    elif kind == "yarn":
+        inner.must_be("truncate", True)
+        attention = inner.number("attention_factor", 0.0) or None
+        rope = Rope(**common, scaling="yarn", factor=inner.number("factor"), original_context=original,
+                    beta_fast=inner.number("beta_fast", 32.0), beta_slow=inner.number("beta_slow", 1.0),
+                    attention_factor=attention)  # fmt: skip
+    else:
+        raise ConfigError(f"{inner.where}: rope_type {kind!r} is not supported; known: default, linear, llama3, yarn.")
+    inner.refuse_others(())
+    return rope
+
+
+READERS: Mapping[str, Callable[[Fields], GPTConfig]] = {"gpt2": _gpt2, "llama": _llama}
