@@ -1,0 +1,48 @@
+"""The model's own parameter names and shapes, computed from the config alone (no torch, nothing allocated).
+
+Shapes: V vocabulary, N context, C d_model, H query heads, K key/value heads, D head_dim, F d_ff. Linear weights are
+[out, in], as torch.nn.Linear has them; q, k and v are separate; the rotary rows are in halves.
+"""
+
+from __future__ import annotations
+
+from ..config import GPTConfig
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, Shape]:
+    """Every parameter of `GPT(config)` in the model's own order. A tied head is no parameter of its own."""
+    c = config
+    shapes: dict[str, Shape] = {"tok_emb.weight": (c.vocab_size, c.d_model)}
+    if c.rope is None:
+        shapes["pos_emb.weight"] = (c.context_length, c.d_model)
+    for i in range(c.n_layers):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in _block_shapes(c).items()}
+    shapes |= _norm(c, "norm")
+    if not c.tied:
+        shapes["head.weight"] = (c.vocab_size, c.d_model)
+    return shapes
+
+
+def _block_shapes(c: GPTConfig) -> dict[str, Shape]:
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    shapes = _norm(c, "norm1")
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        shapes |= _linear(f"attn.{name}", rows, c.d_model, c.qkv_bias)
+    shapes |= _linear("attn.out", c.d_model, q, c.attn_out_bias)
+    shapes |= _norm(c, "norm2")
+    if c.gated_mlp:
+        shapes |= _linear("mlp.gate", c.d_ff, c.d_model, c.mlp_bias)
+    shapes |= _linear("mlp.up", c.d_ff, c.d_model, c.mlp_bias)
+    return shapes | _linear("mlp.down", c.d_model, c.d_ff, c.mlp_bias)
+
+
+def _linear(name: str, out: int, into: int, bias: bool) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{name}.weight": (out, into)}
+    return shapes | {f"{name}.bias": (out,)} if bias else shapes
+
+
+def _norm(c: GPTConfig, name: str) -> dict[str, Shape]:
+    parts = ("weight", "bias") if c.norm_bias else ("weight",)
+    return {f"{name}.{part}": (c.d_model,) for part in parts}

@@ -1,0 +1,95 @@
+"""What the shapes of a bare file say about the model, and the config that can be inferred from them.
+
+Shapes do not show head counts, norm epsilons or rotary bases. Where nothing beside the file tells, they are taken from
+the published sizes, and each such guess is reported as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import PRESETS, GPTConfig, Rope
+from ..config.others import ENDOFTEXT, LLAMA_FIELDS
+from ..errors import ConfigError
+from .canonical import Shape
+from .ops import ShapeError, apply_shapes
+from .rules import WeightMap
+
+HEADS_BY_WIDTH = {preset.d_model: preset.n_heads for preset in PRESETS.values()}
+
+
+def read_facts(weight_map: WeightMap, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Config fields that the tensors show by themselves, plus `d_model`, `n_layers`, `q_rows` and `kv_rows`.
+
+    Args:
+        weight_map: the table that the names were recognised by.
+        shapes: stem -> shape in the file.
+
+    Raises ConfigError if the embedding is missing or is no matrix, for then nothing can be said.
+    """
+    targets: dict[str, Shape] = {}
+    for rule in weight_map.expand(1):
+        if rule.source in shapes:
+            try:
+                found = apply_shapes(rule.ops, [shapes[rule.source]], None)
+            except ShapeError:
+                continue  # the plan reports this tensor as mismatched
+            targets |= dict(zip(rule.target, found, strict=True))
+    embedding = targets.get("tok_emb.weight") or targets.get("head.weight")
+    if embedding is None or len(embedding) != 2:
+        raise ConfigError(
+            f"the names are those of {weight_map.name}, but its token embedding "
+            f"{weight_map.source_of('tok_emb.weight')} is not there as a matrix: the model's width is unknown."
+        )
+    block = "blocks.0."
+    up = targets.get(f"{block}mlp.up.weight", (4, embedding[1]))
+    facts: dict[str, Any] = {
+        "vocab_size": embedding[0],
+        "d_model": embedding[1],
+        "n_layers": weight_map.count_layers(shapes.keys()),
+        "q_rows": targets.get(f"{block}attn.q.weight", (embedding[1],))[0],
+        "kv_rows": targets.get(f"{block}attn.k.weight", (embedding[1],))[0],
+        # The side that is not d_model, so that a matrix which lies the wrong way is seen as that and nothing else.
+        "d_ff": math.prod(up) // embedding[1] if len(up) == 2 else 0,
+        "tied": "head.weight" not in targets or "tok_emb.weight" not in targets,
+        "qkv_bias": f"{block}attn.q.bias" in targets,
+        "attn_out_bias": f"{block}attn.out.bias" in targets,
+        "mlp_bias": f"{block}mlp.up.bias" in targets,
+        "norm_bias": f"{block}norm1.bias" in targets,
+    }
+    if "pos_emb.weight" in targets:
+        facts["context_length"] = targets["pos_emb.weight"][0]
+    return facts
+
+
+BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias")
+
+
+def infer_config(weight_map: WeightMap, facts: Mapping[str, Any]) -> tuple[GPTConfig, list[str]]:
+    """A config from shapes alone, and one sentence for each value that the shapes do not show."""
+    assumed: list[str] = []
+    d_model, rows = facts["d_model"], facts["q_rows"]
+    heads = HEADS_BY_WIDTH.get(d_model) if weight_map.architecture == "gpt2" else None
+    if heads is None:
+        head_dim = next((dim for dim in (64, 32, 16, 8) if rows % dim == 0 and facts["kv_rows"] % dim == 0), rows)
+        heads = rows // head_dim
+        assumed.append(
+            f"n_heads = {heads} (heads of {head_dim}; shapes do not show it: --set n_heads=N if it is other)"
+        )
+    sizes: dict[str, Any] = {key: facts[key] for key in ("vocab_size", "d_model", "n_layers", "d_ff", "tied")}
+    sizes |= {"architecture": weight_map.architecture, "n_heads": heads, "head_dim": rows // heads}
+    if weight_map.architecture == "llama":
+        sizes |= {**LLAMA_FIELDS, "n_kv_heads": facts["kv_rows"] * heads // rows, "rope": Rope()}
+        sizes |= {"context_length": 2048}
+        assumed.append("context_length = 2048, norm_eps = 1e-05, rope theta = 10000 (not recorded in the file)")
+    else:
+        sizes |= {"context_length": facts.get("context_length", 1024)}
+        if 50_257 <= facts["vocab_size"] <= 50_304:
+            sizes |= {"bos_id": ENDOFTEXT, "eos_ids": (ENDOFTEXT,)}
+        if weight_map.dialect == "nanogpt":
+            sizes["activation"] = "gelu"
+            assumed.append("activation = gelu (erf), as nanoGPT's model has it; OpenAI's weights want gelu_tanh")
+    sizes |= {key: facts[key] for key in BIASES}
+    return GPTConfig(**sizes), assumed

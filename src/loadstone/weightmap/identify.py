@@ -1,0 +1,189 @@
+"""What is in this checkpoint: which architecture, whose dialect, which config, and what each of these rests on.
+
+The table that explains the most tensors wins; where two tables share their names (HuggingFace and nanoGPT) the shapes
+of the non-square matrices decide. Names of files and folders are never asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint.base import Checkpoint
+from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai
+from ..errors import ConfigError, LoadstoneError, PlanError
+from . import gpt2, llama
+from .facts import infer_config, read_facts
+from .plan import LoadPlan, make_plan, unwrap
+from .rules import WeightMap
+
+TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES
+
+
+@dataclass
+class Identity:
+    """A checkpoint that was recognised, with its plan.
+
+    Attributes:
+        checkpoint, weight_map, config, plan: the four together.
+        config_source: the file or record that the config was read from, or "inferred from shapes".
+        assumed: values that nothing beside the weights told.
+        tie_is_known: False if the head is stored and only comparing its bytes with the embedding's can tell whether
+            the two are one.
+        remarks: what else the user should know, one sentence each (the tokenizer disagrees with the model, say).
+    """
+
+    checkpoint: Checkpoint
+    weight_map: WeightMap
+    config: GPTConfig
+    plan: LoadPlan
+    config_source: str
+    assumed: list[str] = field(default_factory=list)
+    tie_is_known: bool = True
+    remarks: list[str] = field(default_factory=list)
+
+
+def identify(
+    checkpoint: Checkpoint,
+    *,
+    dialect: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    ignore: Iterable[str] = (),
+    ignore_config: Iterable[str] = (),
+) -> Identity:
+    """Recognise a checkpoint from its header, find its config, and plan its load.
+
+    Args:
+        checkpoint: an open container.
+        dialect: name of a table (`hf`, or `gpt2/hf`), to insist on one.
+        overrides: config fields that the caller knows better.
+        ignore: tensors that the caller gives up, by exact name.
+        ignore_config: config fields that the caller knows to be harmless.
+
+    Raises PlanError if no table fits the names, ConfigError if the config is unusable. The plan itself may have
+    problems: ask `plan.require_clean`.
+    """
+    tables = [t for t in TABLES if dialect in (None, t.dialect, t.name)]
+    if not tables:
+        raise PlanError(f"no dialect is called {dialect!r}; known: {', '.join(t.name for t in TABLES)}.")
+    best: Identity | None = None
+    failure: LoadstoneError | None = None
+    for table in _by_names(checkpoint, tables):
+        try:
+            found = _with_table(checkpoint, table, overrides or {}, tuple(ignore), tuple(ignore_config))
+        except LoadstoneError as error:
+            failure = failure or error
+            continue
+        if best is None or _faults(found.plan) < _faults(best.plan):
+            best = found
+        if found.plan.clean:
+            break
+    if best is None:
+        raise failure or PlanError(_unknown_names(checkpoint))
+    return best
+
+
+def _faults(plan: LoadPlan) -> int:
+    return len(plan.mismatched) + len(plan.missing) + len(plan.unused) + len(plan.doubled)
+
+
+def _by_names(checkpoint: Checkpoint, tables: Iterable[WeightMap]) -> list[WeightMap]:
+    """The tables that explain the most names; several only if they share their names."""
+    stems = {unwrap(name)[0] for name in checkpoint.tensors}
+    scores = {}
+    for table in tables:
+        layers = table.count_layers(stems)
+        claimed = {rule.source for rule in table.expand(layers)} & stems
+        if layers and claimed:
+            scores[table.name] = (len(claimed), table)
+    most = max((score for score, _ in scores.values()), default=0)
+    return [table for score, table in scores.values() if score == most]
+
+
+def _unknown_names(checkpoint: Checkpoint) -> str:
+    names = list(checkpoint.tensors)
+    shown = ", ".join(names[:3]) if names else "none at all"
+    return (
+        f"{checkpoint.path}: the {len(names)} tensor names ({shown}{', ...' if len(names) > 3 else ''}) belong to no "
+        f"known dialect ({', '.join(table.name for table in TABLES)}). Is this a GPT-2 or Llama checkpoint? "
+        "`loadstone inspect` lists every tensor; CONTRIBUTING.md shows how a dialect is added."
+    )
+
+
+def _with_table(
+    checkpoint: Checkpoint,
+    table: WeightMap,
+    overrides: Mapping[str, Any],
+    ignore: tuple[str, ...],
+    ignore_config: tuple[str, ...],
+) -> Identity:
+    shapes = {unwrap(name)[0]: info.shape for name, info in checkpoint.tensors.items() if name not in ignore}
+    facts = read_facts(table, shapes)
+    one_storage = _is_one_storage(checkpoint, table)
+    twice = not facts["tied"] and not one_storage
+    facts["tied"] = not twice
+    config, source, assumed = _find_config(checkpoint, table, facts, ignore_config)
+    if config.architecture != table.architecture:
+        raise ConfigError(
+            f"{checkpoint.path}: {source} describes a {config.architecture} model, but the tensors are named as in "
+            f"{table.name}. One of the two belongs to another model."
+        )
+    if one_storage:
+        config = config.with_overrides({"tied": True})
+    config = config.with_overrides(overrides)
+    plan = make_plan(config, checkpoint.tensors, table, aliases=checkpoint.aliases, ignore=ignore)
+    known = not twice or source == "config.json" or "tied" in overrides
+    assumed = [line for line in assumed if line.split(" ")[0] not in overrides]
+    return Identity(checkpoint, table, config, plan, source, assumed, known)
+
+
+def _is_one_storage(checkpoint: Checkpoint, table: WeightMap) -> bool:
+    """Whether the file itself records head and embedding as the same bytes."""
+    pair = {table.source_of("head.weight"), table.source_of("tok_emb.weight")}
+    return any({unwrap(alias)[0], unwrap(name)[0]} == pair for alias, name in checkpoint.aliases.items())
+
+
+def _find_config(
+    checkpoint: Checkpoint, table: WeightMap, facts: Mapping[str, Any], ignore: tuple[str, ...]
+) -> tuple[GPTConfig, str, list[str]]:
+    """(config, where it was read, what was assumed): the dialect's own record first, shapes last."""
+    metadata = checkpoint.metadata
+    if table.dialect == "gguf":
+        factors = tuple(float(x) for x in checkpoint.read(ROPE_FREQS)) if ROPE_FREQS in checkpoint.tensors else ()
+        where = f"{checkpoint.path}"
+        return from_gguf(metadata, facts, rope_factors=factors, where=where, ignore=ignore), "GGUF metadata", []
+    if table.dialect == "openai" and "hparams" in metadata:
+        return from_openai(metadata["hparams"]), "hparams.json", []
+    arguments = metadata.get("model_args")
+    if isinstance(arguments, Mapping):
+        if table.dialect == "nanogpt":
+            return from_nanogpt(arguments), "model_args in the checkpoint", []
+        if table.dialect == "meta":
+            return from_meta(arguments, facts, "model_args"), "model_args in the checkpoint", []
+    if table.dialect == "meta" and (values := _beside(checkpoint, "params.json")):
+        return from_meta(values, facts), "params.json", ["context_length (params.json does not record it)"]
+    if table.dialect == "hf" and "hf_config" in metadata:
+        return from_hf(metadata["hf_config"], "the module's config", ignore), "config.json", []
+    if table.dialect == "hf" and (values := _beside(checkpoint, "config.json")):
+        return from_hf(values, f"{checkpoint.folder}/config.json", ignore), "config.json", []
+    config, assumed = infer_config(table, facts)
+    return config, "inferred from shapes", assumed
+
+
+ROPE_FREQS = "rope_freqs.weight"
+
+
+def _beside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
+    """A JSON object lying beside the weights, if there is one. Raises ConfigError if it is broken."""
+    file = checkpoint.folder / name if checkpoint.folder else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: this is not valid JSON ({error}). Download it again.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}.")
+    return values

@@ -1,0 +1,120 @@
+"""`WeightMap`: one table per (architecture, dialect), pure data, read forward to import and backward to export.
+
+A name template matches whole names or nothing: `h.{i}.attn.c_attn.bias` ends in `attn.bias` too, and a filter that
+drops the mask buffers by that suffix drops twelve real biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from ..config import GPTConfig
+from .ops import Op
+
+LAYER = "{i}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`source` tensors of the file become `target` parameters of the model through `ops`. `{i}` is the layer."""
+
+    source: str
+    target: tuple[str, ...]
+    ops: tuple[Op, ...] = ()
+
+    def at(self, layer: int) -> Rule:
+        """The rule with the layer number filled in."""
+        number = str(layer)
+        return Rule(self.source.replace(LAYER, number), tuple(t.replace(LAYER, number) for t in self.target), self.ops)
+
+    @property
+    def per_layer(self) -> bool:
+        return LAYER in self.source
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """A tensor that is no parameter, and why. `{p}` stands for any name that a rule of the table claims.
+
+    `kind` says what shape such a tensor has, so that a real parameter under the same name is not dropped: `mask` is
+    [..., T, T], `scalar` has one element, `vector` one dimension, `any` is not checked.
+    """
+
+    source: str
+    reason: str
+    kind: str = "any"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        if self.kind == "mask":
+            return len(shape) >= 2 and shape[-1] == shape[-2] and all(dim == 1 for dim in shape[:-2])
+        if self.kind == "scalar":
+            return all(dim == 1 for dim in shape)
+        return len(shape) == 1 if self.kind == "vector" else True
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """One dialect of one architecture.
+
+    Attributes:
+        architecture, dialect: what the table is called.
+        rules: which tensor becomes which parameters. Targets are disjoint: a double claim is refused at construction.
+        ignored: buffers and optimizer slots.
+        prefix: what the dialect's own files write before each name but the head's (HuggingFace's `model.`). On the
+            way in any known wrapper is removed, so the rules are written without it.
+        orientation: how the file stores linear weights, for the report: "[out, in]" or "[in, out]".
+    """
+
+    architecture: str
+    dialect: str
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignore, ...] = ()
+    prefix: str = ""
+    orientation: str = "[out, in]"
+
+    def __post_init__(self) -> None:
+        for side in ([rule.source for rule in self.rules], [t for rule in self.rules for t in rule.target]):
+            if twice := {name for name in side if side.count(name) > 1}:
+                raise ValueError(f"{self.architecture}/{self.dialect}: claimed twice: {', '.join(sorted(twice))}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture}/{self.dialect}"
+
+    def source_of(self, target: str) -> str | None:
+        """The dialect's name (or template) for one parameter, if it has one."""
+        return next((rule.source for rule in self.rules if target in rule.target), None)
+
+    def expand(self, n_layers: int) -> Iterator[Rule]:
+        """Every rule for a model of so many layers, in the order of the table."""
+        once = [rule for rule in self.rules if not rule.per_layer]
+        layered = [rule for rule in self.rules if rule.per_layer]
+        yield from once
+        for layer in range(n_layers):
+            yield from (rule.at(layer) for rule in layered)
+
+    def needed(self, config: GPTConfig, parameters: Collection[str]) -> Iterator[Rule]:
+        """The expanded rules whose targets this config has (a gate only with a gated MLP, biases only with biases)."""
+        for rule in self.expand(config.n_layers):
+            if any(target in parameters for target in rule.target):
+                yield rule
+
+    def count_layers(self, names: Collection[str]) -> int:
+        """Layers that have at least one tensor in `names`, counted from 0 without a gap."""
+        layered = [rule for rule in self.rules if rule.per_layer]
+        layer = 0
+        while any(rule.at(layer).source in names for rule in layered):
+            layer += 1
+        return layer
+
+    def ignores(self, n_layers: int) -> dict[str, Ignore]:
+        """Exact name -> why it is no parameter, for a model of so many layers."""
+        found: dict[str, Ignore] = {}
+        for entry in self.ignored:
+            if "{p}" in entry.source:
+                found |= {entry.source.replace("{p}", rule.source): entry for rule in self.expand(n_layers)}
+            else:
+                layers = range(n_layers) if LAYER in entry.source else range(1)
+                found |= {entry.source.replace(LAYER, str(layer)): entry for layer in layers}
+        return found

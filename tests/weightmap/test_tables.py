@@ -1,0 +1,243 @@
+"""Every dialect's table: the same model comes out of all of them bit for bit, judged by an independent forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dialects
+import numpy as np
+import pytest
+import reference
+import torch
+from memory import MemoryCheckpoint, same
+
+from loadstone.config import GPTConfig
+from loadstone.load import load_model, open_source
+from loadstone.weightmap import TABLES, WeightMap, apply, make_plan, parameter_shapes
+from loadstone.weightmap.gpt2 import HF, OPENAI
+from loadstone.weightmap.ops import Op, RotaryHalves, SplitQKV, Squeeze, Transpose
+from loadstone.weightmap.rules import Rule
+
+GPT2 = dialects.gpt2_hf()
+GPT2_WRITERS: dict[str, Callable[[dialects.Tensors], dialects.Tensors]] = {
+    "hf": lambda w: w,
+    "nanogpt": dialects.gpt2_nanogpt,
+    "openai": dialects.gpt2_openai,
+    "raschka": dialects.gpt2_raschka,
+    "lesson": dialects.gpt2_lesson,
+    "gguf": dialects.gpt2_gguf,
+}
+META = dialects.llama_meta()
+LLAMA_WRITERS: dict[str, Callable[[dialects.Tensors], dialects.Tensors]] = {
+    "meta": lambda w: w,
+    "hf": lambda w: dialects.llama_hf(w, heads=6, kv_heads=2),
+    "gguf": dialects.llama_gguf,
+}
+GPT2_GGUF_METADATA = {
+    "general.architecture": "gpt2",
+    "gpt2.context_length": 40,
+    "gpt2.embedding_length": 32,
+    "gpt2.block_count": 3,
+    "gpt2.feed_forward_length": 128,
+    "gpt2.attention.head_count": 4,
+    "gpt2.attention.layer_norm_epsilon": 1e-5,
+}
+LLAMA_GGUF_METADATA = {
+    "general.architecture": "llama",
+    "llama.context_length": 40,
+    "llama.embedding_length": 48,
+    "llama.block_count": 3,
+    "llama.feed_forward_length": 80,
+    "llama.attention.head_count": 6,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": 8,
+}
+
+
+def gpt2_checkpoint(dialect: str) -> MemoryCheckpoint:
+    metadata = GPT2_GGUF_METADATA if dialect == "gguf" else {}
+    return MemoryCheckpoint(GPT2_WRITERS[dialect](GPT2), metadata=metadata)
+
+
+def llama_checkpoint(dialect: str) -> MemoryCheckpoint:
+    metadata = LLAMA_GGUF_METADATA if dialect == "gguf" else {}
+    return MemoryCheckpoint(LLAMA_WRITERS[dialect](META), metadata=metadata)
+
+
+def gpt2_options(dialect: str) -> dict[str, Any]:
+    heads = {} if dialect == "gguf" else {"n_heads": 4}
+    return {"config": heads | ({"activation": "gelu_tanh"} if dialect == "nanogpt" else {})}
+
+
+def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0].numpy()
+
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38, 46, 26, 43]
+
+
+@pytest.mark.parametrize("dialect", GPT2_WRITERS)
+def test_gpt2_logits_equal_the_independent_forward_pass(dialect: str) -> None:
+    identity = open_source(gpt2_checkpoint(dialect), **gpt2_options(dialect))
+    assert (identity.weight_map.architecture, identity.weight_map.dialect) == ("gpt2", dialect)
+    model = load_model(identity)
+    assert identity.config.tied
+    expected = reference.gpt2_logits(GPT2, IDS, n_heads=4)
+    assert np.abs(logits(model, IDS) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("dialect", LLAMA_WRITERS)
+def test_llama_logits_equal_the_independent_forward_pass(dialect: str) -> None:
+    options: dict[str, Any] = {} if dialect == "gguf" else {"config": {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2}}
+    identity = open_source(llama_checkpoint(dialect), **options)
+    assert (identity.weight_map.architecture, identity.weight_map.dialect) == ("llama", dialect)
+    expected = reference.llama_logits(META, IDS, n_heads=6, n_kv_heads=2)
+    assert np.abs(logits(load_model(identity), IDS) - expected).max() < 1e-4
+
+
+def test_all_gpt2_dialects_load_to_the_same_bits() -> None:
+    states = []
+    for dialect in GPT2_WRITERS:
+        model = load_model(open_source(gpt2_checkpoint(dialect), **gpt2_options(dialect)))
+        states.append({name: p.detach().numpy() for name, p in model.named_parameters()})
+    assert all(same(states[0], other) for other in states[1:])
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_table_read_backwards_writes_the_dialect(table: WeightMap) -> None:
+    """Export is the inverse of import: the model's parameters give back the very tensors."""
+    checkpoint = (gpt2_checkpoint if table.architecture == "gpt2" else llama_checkpoint)(table.dialect)
+    heads = {"n_heads": 4} if table.architecture == "gpt2" else {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2}
+    identity = open_source(checkpoint, config=heads)
+    model = load_model(identity)
+    parameters = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    for step in identity.plan.steps:
+        (back,) = apply(step.ops, [parameters[t] for t in step.targets], identity.config, inverse=True)
+        assert np.array_equal(back, checkpoint.arrays[step.source]), step.source
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_table_names_every_parameter_of_its_architecture(table: WeightMap) -> None:
+    config = GPTConfig(11, 12, 8, 2, 2, tied=table.dialect == "openai")
+    if table.architecture == "llama":
+        from loadstone.config import Rope
+        from loadstone.config.others import LLAMA_FIELDS
+
+        config = GPTConfig(11, 12, 8, 2, 2, architecture="llama", rope=Rope(), tied=False, **LLAMA_FIELDS)
+    targets = [target for rule in table.expand(2) for target in rule.target]
+    assert set(parameter_shapes(config)) <= set(targets)
+    assert len(targets) == len(set(targets))
+
+
+# --- planted bugs: each makes a model of the right shapes with the wrong numbers, and must be seen
+
+
+def swap(table: WeightMap, target: str, ops: tuple[Op, ...]) -> WeightMap:
+    """The table with other ops for the rule that fills `target`."""
+    rules = tuple(Rule(r.source, r.target, ops) if target in r.target else r for r in table.rules)
+    return dataclasses.replace(table, rules=rules)
+
+
+def exchange(table: WeightMap, a: str, b: str) -> WeightMap:
+    """The table with the targets of two rules exchanged."""
+    name = {a: b, b: a}
+    rules = tuple(Rule(r.source, tuple(name.get(t, t) for t in r.target), r.ops) for r in table.rules)
+    return dataclasses.replace(table, rules=rules)
+
+
+Q, OUT = "blocks.{i}.attn.q.weight", "blocks.{i}.attn.out.weight"
+NORMS = [f"blocks.{{i}}.norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
+GPT2_BUGS: dict[str, Callable[[], WeightMap]] = {
+    "square c_proj not transposed (hf)": lambda: swap(HF, OUT, ()),
+    "square c_proj not transposed (openai)": lambda: swap(OPENAI, OUT, (Squeeze(),)),
+    "q, k, v in another order (k, q, v)": lambda: swap(HF, Q, (Transpose(), SplitQKV("kqv"))),
+    "q, k, v in another order (q, v, k)": lambda: swap(HF, Q, (Transpose(), SplitQKV("qvk"))),
+    "q, k, v bias in another order": lambda: swap(HF, "blocks.{i}.attn.q.bias", (SplitQKV("kqv"),)),
+    "q, k, v interleaved per head": lambda: swap(HF, Q, (Transpose(), SplitQKV(per_head=True))),
+    "norm 1 and 2 exchanged": lambda: exchange(exchange(HF, NORMS[0], NORMS[2]), NORMS[1], NORMS[3]),
+    "attention and MLP bias exchanged": lambda: exchange(HF, "blocks.{i}.attn.out.bias", "blocks.{i}.mlp.down.bias"),
+    "norm weight and bias exchanged": lambda: exchange(HF, "norm.weight", "norm.bias"),
+}
+TOLERANCE = 1e-4
+
+
+def deviation(
+    table: WeightMap, config: GPTConfig, checkpoint: MemoryCheckpoint, expected: np.ndarray[Any, Any]
+) -> float:
+    identity = open_source(checkpoint, dialect=table.dialect, config=dataclasses.asdict(config) | {"rope": config.rope})
+    identity.weight_map = table
+    identity.plan = make_plan(config, checkpoint.tensors, table)
+    return float(np.abs(logits(load_model(identity), IDS) - expected).max())
+
+
+@pytest.mark.parametrize("bug", GPT2_BUGS)
+def test_planted_gpt2_table_bugs_are_caught(bug: str) -> None:
+    table = GPT2_BUGS[bug]()
+    checkpoint = gpt2_checkpoint(table.dialect)
+    config = open_source(checkpoint, config={"n_heads": 4}).config
+    expected = reference.gpt2_logits(GPT2, IDS, n_heads=4)
+    sound = HF if table.dialect == "hf" else OPENAI
+    assert deviation(sound, config, checkpoint, expected) < TOLERANCE
+    assert deviation(table, config, checkpoint, expected) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("field", [{"activation": "gelu"}, {"n_heads": 8}, {"norm_eps": 1e-2}], ids=str)
+def test_planted_gpt2_config_bugs_are_caught(field: dict[str, Any]) -> None:
+    checkpoint = gpt2_checkpoint("hf")
+    config = open_source(checkpoint, config={"n_heads": 4} | field).config
+    expected = reference.gpt2_logits(GPT2, IDS, n_heads=4)
+    assert deviation(HF, config, checkpoint, expected) > 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("bias", ["ln_f.bias", "h.1.attn.c_attn.bias", "h.2.mlp.c_fc.bias", "h.0.ln_2.bias"])
+def test_a_lost_bias_is_caught_by_numbers_and_by_the_plan(bias: str) -> None:
+    zeroed = GPT2 | {bias: np.zeros_like(GPT2[bias])}
+    model = load_model(open_source(MemoryCheckpoint(zeroed), config={"n_heads": 4}))
+    assert np.abs(logits(model, IDS) - reference.gpt2_logits(GPT2, IDS, n_heads=4)).max() > 10 * TOLERANCE
+    lost = MemoryCheckpoint({name: value for name, value in GPT2.items() if name != bias})
+    assert not open_source(lost, config={"n_heads": 4}).plan.clean
+
+
+LLAMA_BUGS: dict[str, tuple[str, str, tuple[Op, ...]]] = {
+    "q rows left in pairs (meta)": ("meta", Q, ()),
+    "k rows left in pairs (gguf)": ("gguf", "blocks.{i}.attn.k.weight", ()),
+    "q rows permuted as k's": ("meta", Q, (RotaryHalves("n_kv_heads"),)),
+    "q rows permuted though they are halves (hf)": ("hf", Q, (RotaryHalves("n_heads"),)),
+}
+
+
+@pytest.mark.parametrize("bug", LLAMA_BUGS)
+def test_planted_rotary_bugs_are_caught(bug: str) -> None:
+    dialect, target, ops = LLAMA_BUGS[bug]
+    checkpoint = llama_checkpoint(dialect)
+    sound = open_source(checkpoint, config={"n_heads": 6, "head_dim": 8, "n_kv_heads": 2})
+    expected = reference.llama_logits(META, IDS, n_heads=6, n_kv_heads=2)
+    assert deviation(sound.weight_map, sound.config, checkpoint, expected) < TOLERANCE
+    assert deviation(swap(sound.weight_map, target, ops), sound.config, checkpoint, expected) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("table", ["meta", "hf", "gguf"])
+def test_gate_and_up_exchanged_is_caught(table: str) -> None:
+    checkpoint = llama_checkpoint(table)
+    sound = open_source(checkpoint, config={"n_heads": 6, "head_dim": 8, "n_kv_heads": 2})
+    expected = reference.llama_logits(META, IDS, n_heads=6, n_kv_heads=2)
+    wrong = exchange(sound.weight_map, "blocks.{i}.mlp.gate.weight", "blocks.{i}.mlp.up.weight")
+    assert deviation(wrong, sound.config, checkpoint, expected) > 10 * TOLERANCE
+
+
+def test_a_double_claim_is_refused_when_the_table_is_built() -> None:
+    with pytest.raises(ValueError, match="claimed twice: a"):
+        WeightMap("x", "y", (Rule("a", ("b",)), Rule("a", ("c",))))
+    with pytest.raises(ValueError, match="claimed twice: b"):
+        WeightMap("x", "y", (Rule("a", ("b",)), Rule("c", ("b",))))
+
+
+def test_path_is_only_a_label() -> None:
+    """A folder called gpt2-xl does not make its content XL."""
+    checkpoint = MemoryCheckpoint(GPT2, path=Path("gpt2-xl/llama/model.gguf"))
+    assert open_source(checkpoint, config={"n_heads": 4}).config.n_layers == 3
