@@ -1,0 +1,19 @@
+"""Wording of errors: values and lists from a file, which may be long or hostile, shortened to fit into a sentence."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
+
+shown = _REPR.repr
+
+
+def few(items: Iterable[str], limit: int = 4) -> str:
+    """The first few, and how many more there are."""
+    listed = list(items)
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
