@@ -1,0 +1,49 @@
+"""The command line: one thin command per verb. Heavy imports happen inside the commands that need them.
+
+Exit status: 0 good, 1 the answer is no, 2 the input is bad. Errors are one paragraph on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import LoadstoneError
+from . import fetch, look, run
+
+app = typer.Typer(
+    name="loadstone",
+    help="Load any GPT checkpoint, prove that it loaded right, and run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
+    if version:
+        from .._version import __version__
+
+        print(f"loadstone {__version__}")
+        raise typer.Exit
+
+
+for _verb in (look.inspect, look.plan, look.verify, run.generate, run.chat, fetch.pull):
+    app.command()(_verb)
+
+
+def main() -> None:
+    """Entry point: turns our errors into one paragraph and exit status 2."""
+    try:
+        app(prog_name="loadstone")
+    except LoadstoneError as error:
+        print(f"loadstone: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)

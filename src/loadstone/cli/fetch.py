@@ -1,0 +1,16 @@
+"""pull: fetch a model ahead of its use."""
+
+from __future__ import annotations
+
+from .options import Json, Revision, Src, print_json
+
+
+def pull(source: Src, revision: Revision = None, as_json: Json = False) -> None:
+    """Fetch a model now, so that it is there later without a network; prints where it lies."""
+    from ..checkpoint.hub import pull as fetch
+
+    path = fetch(source, revision=revision)
+    if as_json:
+        print_json({"source": source, "path": str(path)})
+    else:
+        print(path)

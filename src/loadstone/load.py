@@ -1,0 +1,266 @@
+"""open -> plan -> load as one call: any source becomes a model that is ready to run.
+
+The model is built without memory (torch's meta device) and filled tensor by tensor. Where a dialect's ops are views, a
+parameter *is* the mapped file (copy-on-write, so it can be trained): nothing is copied and nothing is read before the
+first token needs it.
+
+Why not as others do it: transformers initialises what is missing at random and warns; litgpt converts to a second file
+first; both and `torch.load` hold the weights as private memory. Here a plan without a fault comes first, then views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .checkpoint import open_checkpoint
+from .checkpoint.base import Array, Checkpoint, TensorInfo
+from .errors import PlanError, TokenizerError
+from .weightmap import Identity, apply, identify, make_plan
+from .weightmap.plan import GIVEN_UP
+
+if TYPE_CHECKING:  # inspect and plan use this module too, and must not wait for torch
+    import torch
+
+    from .model import GPT
+    from .tokenizer import Tokenizer
+
+
+def open_source(
+    source: str | Path | torch.nn.Module | Checkpoint,
+    *,
+    revision: str | None = None,
+    dialect: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    ignore: Iterable[str] = (),
+    ignore_config: Iterable[str] = (),
+) -> Identity:
+    """Open any source, recognise it and plan its load; only headers are read, torch is not imported.
+
+    Args:
+        source: a file, a folder, a hub name (`owner/name`, `owner/name@revision`), an alias (`gpt2`, `smollm2`), a URL,
+            an open `Checkpoint`, or a live `nn.Module` that uses a known dialect's names.
+        revision: of a hub name.
+        dialect: insist on one (`hf`, `openai`, `raschka`, `nanogpt`, `lesson`, `gguf`, `meta`).
+        config: `GPTConfig` fields that you know better than the file.
+        ignore: exact names of tensors to leave out.
+        ignore_config: config fields that you know to be harmless.
+
+    Raises a LoadstoneError if the source cannot be had, read or recognised. The plan may still have problems.
+    """
+    return identify(
+        _open(source, revision), dialect=dialect, overrides=config, ignore=ignore, ignore_config=ignore_config
+    )
+
+
+def load(
+    source: str | Path | torch.nn.Module | Checkpoint,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> tuple[GPT, Tokenizer | None]:
+    """Load any checkpoint into a model, and the tokenizer that belongs to it.
+
+    Args:
+        source: see `open_source`, which also documents the other options (`revision`, `dialect`, `config`, `ignore`,
+            `ignore_config`).
+        dtype: `auto` keeps the stored type (block-quantised and fp8 weights become float32, mixed types the widest), or
+            a torch type or its name.
+        device: where the parameters go.
+        progress: called with (bytes done, bytes in all) after each tensor.
+
+    Returns (model in eval mode, tokenizer or None if none was found).
+    Raises PlanError if a tensor is missing, unused, mismatched or claimed twice; then nothing was allocated.
+    """
+    identity = open_source(source, **options)
+    model = load_model(identity, dtype=dtype, device=device, progress=progress)
+    return model, load_tokenizer_for(identity)
+
+
+def load_model(
+    identity: Identity,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> GPT:
+    """The model of an opened source. Settles a doubtful tie first, so `identity.plan` and `.config` may change."""
+    import torch
+
+    from .model import GPT
+
+    settle_tie(identity)
+    plan, checkpoint = identity.plan, identity.checkpoint
+    plan.require_clean(str(checkpoint.path))
+    target_type = _target_dtype(identity, dtype)
+    with torch.device("meta"):
+        model = GPT(identity.config)
+    total, done = sum(checkpoint.info(step.source).nbytes for step in plan.steps), 0
+    for step in plan.steps:
+        arrays = apply(step.ops, [checkpoint.read(step.source)], identity.config)
+        for target, array in zip(step.targets, arrays, strict=True):
+            _assign(model, target, to_tensor(array).to(device=device, dtype=target_type))
+        done += checkpoint.info(step.source).nbytes
+        if progress:
+            progress(done, total)
+    if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise AssertionError(f"the plan was clean, yet these parameters were not filled: {left}")
+    return model.eval()
+
+
+def load_tokenizer_for(identity: Identity) -> Tokenizer | None:
+    """The tokenizer beside or inside the checkpoint (GPT-2's by name where only its size tells), checked against it.
+
+    What does not agree, and why GPT-2's could not be had, goes to `identity.remarks`.
+    Raises TokenizerError if the tokenizer is broken or has more tokens than the model has rows.
+    """
+    from .tokenizer import check_tokenizer, gpt2_tokenizer, load_tokenizer
+
+    checkpoint, config = identity.checkpoint, identity.config
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.metadata if checkpoint.format == "gguf" else None)
+    if tokenizer is None and config.architecture == "gpt2" and 50_257 <= config.vocab_size <= 50_304:
+        try:
+            tokenizer = gpt2_tokenizer(checkpoint.folder)
+        except TokenizerError as error:
+            identity.remarks.append(str(error))
+    if tokenizer is not None:
+        identity.remarks += check_tokenizer(
+            tokenizer, vocab_size=config.vocab_size, bos_id=config.bos_id, eos_ids=config.eos_ids
+        )
+    return tokenizer
+
+
+def settle_tie(identity: Identity) -> None:
+    """Where head and embedding are both stored, compare their bytes: equal ones are one parameter, tied.
+
+    Raises PlanError if the config says that they are tied and they differ.
+    """
+    checkpoint, plan = identity.checkpoint, identity.plan
+    sources = {target: step.source for step in plan.steps for target in step.targets}
+    head, embedding = plan.duplicate_head or sources.get("head.weight"), sources.get("tok_emb.weight")
+    untied_by_config = identity.tie_is_known and not identity.config.tied
+    if not plan.clean or head is None or embedding is None or untied_by_config:
+        return
+    equal = _equal(checkpoint.read(head), checkpoint.read(embedding))
+    if identity.tie_is_known and not equal:
+        raise PlanError(
+            f"{checkpoint.path}: {identity.config_source} says that head and embedding are tied, but {head} "
+            f"differs from {embedding}. If the head is a parameter of its own, load with --set tied=false; if not, one "
+            "of the two tensors is damaged."
+        )
+    if equal != identity.config.tied:
+        identity.config = identity.config.with_overrides({"tied": equal})
+        given_up = [name for name, reason in plan.ignored.items() if reason == GIVEN_UP]
+        identity.plan = make_plan(identity.config, checkpoint.tensors, identity.weight_map, ignore=given_up)
+    identity.tie_is_known = True
+    identity.plan.tie = (
+        f"head is the embedding (tied); {head} is a second, equal copy"
+        if equal
+        else f"head is a parameter of its own; {head} differs from {embedding}"
+    )
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    """A torch tensor over the array's own memory (bf16 and fp8 too, which numpy and torch name differently)."""
+    import torch
+
+    if not array.flags.writeable:
+        array = array.copy()
+    if array.dtype.kind in "fiub" and array.dtype.isbuiltin == 1:
+        return torch.from_numpy(array)
+    carrier = np.dtype(f"u{array.dtype.itemsize}")
+    return torch.from_numpy(array.view(carrier)).view(getattr(torch, array.dtype.name))
+
+
+class ModuleCheckpoint(Checkpoint):
+    """A live `nn.Module`, read as if it were a file: its state dict's names, no copy."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(Path(type(module).__name__), "module")
+        self._state = module.state_dict()
+        seen: dict[tuple[Any, ...], str] = {}
+        for name, tensor in self._state.items():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            self.tensors[name] = TensorInfo(tuple(tensor.shape), kind, tensor.numel() * tensor.element_size())
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.numel() and seen.setdefault(key, name) != name:
+                self.aliases[name] = seen[key]
+        if to_dict := getattr(getattr(module, "config", None), "to_dict", None):
+            self.metadata["hf_config"] = to_dict()
+
+    @property
+    def folder(self) -> None:
+        return None
+
+    def read(self, name: str) -> Array:
+        import ml_dtypes
+        import torch
+
+        tensor = self._state[name].detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            bits: Array = tensor.view(torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        array: Array = tensor.numpy()
+        return array
+
+
+def _open(source: str | Path | torch.nn.Module | Checkpoint, revision: str | None) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, (str, Path)):
+        from .checkpoint.hub import resolve
+
+        return open_checkpoint(resolve(source, revision=revision))
+    return ModuleCheckpoint(source)
+
+
+def _target_dtype(identity: Identity, wanted: str | torch.dtype) -> torch.dtype:
+    """The one floating type that the model will have. Raises PlanError for an unknown name or integer weights."""
+    import torch
+
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted != "auto":
+        found = getattr(torch, wanted, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise PlanError(
+                f"dtype {wanted!r} is no floating type of torch; use float32, bfloat16 or float16, or auto."
+            )
+        return found
+    widest: torch.dtype | None = None
+    for step in identity.plan.steps:
+        # Blocks (Q4_1, ...) are read as float32; fp8 has too few bits to compute in.
+        stored = getattr(torch, step.dtype, torch.float32)
+        stored = torch.float32 if stored.is_floating_point and stored.itemsize == 1 else stored
+        if not stored.is_floating_point:
+            raise PlanError(
+                f"{identity.checkpoint.path}: {step.source} holds {step.dtype}; weights must be floating point. "
+                "Quantised PyTorch checkpoints cannot be read; a GGUF of the same model can."
+            )
+        widest = stored if widest is None else torch.promote_types(widest, stored)
+    return widest or torch.float32
+
+
+def _assign(model: GPT, name: str, tensor: torch.Tensor) -> None:
+    """Put the tensor itself in the parameter's place (no copy)."""
+    import torch
+
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    expected = getattr(module, leaf).shape
+    if tensor.shape != expected:
+        raise AssertionError(f"{name}: planned {tuple(expected)}, got {tuple(tensor.shape)}")
+    setattr(module, leaf, torch.nn.Parameter(tensor))
+
+
+def _equal(a: Array, b: Array, rows: int = 4096) -> bool:
+    """Bit-for-bit equality, a few rows at a time so that no array of the model's size is made."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    raw = np.dtype(f"u{a.dtype.itemsize}")
+    return all(np.array_equal(a[i : i + rows].view(raw), b[i : i + rows].view(raw)) for i in range(0, len(a), rows))
