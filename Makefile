@@ -34,8 +34,8 @@ $(VENV)/tools: $(VENV)/installed
 demo: $(VENV)/model
 	@for command in "inspect smollm2" "plan smollm2" "verify smollm2"; do \
 		printf '\n$$ loadstone %s\n' "$$command"; $(RUN) $$command || exit $$?; done
-	@printf '\n$$ loadstone chat smollm2 --prompt "Why is the sky blue?" --temperature 0\n'
-	@$(RUN) chat smollm2 --prompt "Why is the sky blue?" --temperature 0 --max-new-tokens 80
+	@printf '\n$$ loadstone chat smollm2 --prompt "What is the capital of France?" --temperature 0\n'
+	@$(RUN) chat smollm2 --prompt "What is the capital of France?" --temperature 0
 	@printf '\nYour turn:  . $(VENV)/bin/activate && loadstone chat smollm2\n'
 
 test: $(VENV)/tools
