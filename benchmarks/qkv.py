@@ -19,6 +19,11 @@ from torch.nn import functional as F
 WIDTH, LAYERS = 768, 12
 
 
+def thirds(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of the fused tensor's rows."""
+    return tensor[:WIDTH], tensor[WIDTH : 2 * WIDTH], tensor[2 * WIDTH :]
+
+
 def arrangements(x_TC: Tensor) -> dict[str, Callable[[], object]]:
     """What one forward pass does for q, k and v, four ways."""
     rows = [torch.randn(3 * WIDTH, WIDTH) for _ in range(LAYERS)]  # [3 out, in]
@@ -26,11 +31,11 @@ def arrangements(x_TC: Tensor) -> dict[str, Callable[[], object]]:
     bias = [torch.randn(3 * WIDTH) for _ in range(LAYERS)]
 
     def apart(weights: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        parts = [(w, b) for ws, b3 in zip(weights, bias, strict=True) for w, b in zip(ws, b3.split(WIDTH), strict=True)]
+        parts = [(w, b) for ws, b3 in zip(weights, bias, strict=True) for w, b in zip(ws, thirds(b3), strict=True)]
         return [F.linear(x_TC, w, b) for w, b in parts]
 
-    from_rows = [weight.split(WIDTH) for weight in rows]
-    from_columns = [tuple(part.t() for part in weight.split(WIDTH, 1)) for weight in columns]
+    from_rows: list[tuple[Tensor, ...]] = [thirds(weight) for weight in rows]
+    from_columns: list[tuple[Tensor, ...]] = [thirds(weight.t()) for weight in columns]
     return {
         "fused, [3 out, in]": lambda: [F.linear(x_TC, w, b) for w, b in zip(rows, bias, strict=True)],
         "separate, [out, in]": lambda: apart(from_rows),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -125,6 +126,12 @@ def test_no_template_is_said_so() -> None:
         tokenizer.apply_chat(HELLO)
 
 
+def test_messages_may_be_any_mapping() -> None:
+    assert (
+        rendered("{{ messages[0] | tojson }}", [MappingProxyType(HELLO[0])]) == '{"role": "user", "content": "hello"}'
+    )
+
+
 @given(st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), st.text(max_size=20)), max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_content_is_data_and_never_template(turns: list[tuple[str, str]]) -> None:
@@ -182,8 +189,6 @@ ESCAPES = [
     "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ ['__class__'] | map('attr') | list }}{{ messages | map(attribute='__class__') | list }}",
     "{{ self._TemplateReference__context }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update({'role': 'x'}) }}",
 ]
 
 
@@ -197,6 +202,12 @@ def test_the_sandbox_holds(template: str) -> None:
         assert "its chat template refuses or fails" in text
     assert not any(word in text for word in ("<class", "<function", "uid=", "<module", "<code"))
     assert messages == HELLO
+
+
+@pytest.mark.parametrize("template", ["{{ messages.append(1) }}", "{{ messages[0].update({'role': 'x'}) }}"])
+def test_a_template_changes_nothing(template: str) -> None:
+    with pytest.raises(TokenizerError, match=r"access to attribute '(append|update)' of '\w+' object is unsafe"):
+        rendered(template)
 
 
 TOO_MUCH = {

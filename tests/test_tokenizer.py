@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback import Loopback, served
 from small_vocabularies import (
@@ -150,6 +150,7 @@ def test_sentencepiece_ids_are_the_judges_and_lose_nothing(spm: Tokenizer, text:
 
 
 @given(st.text("tahe c<s>/b", max_size=30))
+@example("<s>a</s>")
 @settings(max_examples=200, deadline=None)
 def test_sentencepiece_joins_by_score_and_never_makes_a_control_token(spm: Tokenizer, text: str) -> None:
     ids = spm.encode(text, add_special=False)
@@ -197,6 +198,11 @@ def test_special_tokens_are_skipped_or_shown(tiny: Tokenizer) -> None:
         assert "".join(map(stream.push, ids)) == text
     assert tiny.token_text(LAST) == END
     assert tiny.token_text(VOCAB["Ġ"]) == " "
+
+
+def test_each_byte_has_its_token(tiny: Tokenizer) -> None:
+    alphabet = [token for text, token in VOCAB.items() if len(text) == 1]
+    assert sorted(tiny.token_bytes(token) for token in alphabet) == [bytes([byte]) for byte in range(256)]
 
 
 def test_threads_with_different_wishes_do_not_disturb_each_other(tiny: Tokenizer) -> None:

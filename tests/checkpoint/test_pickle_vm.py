@@ -189,6 +189,7 @@ DEEP = {
     "instances": b"Nq\x000" + (name("a", "b") + b"h\x00\x85\x81q\x000") * DEPTH + b"h\x00",
     "states": (name("a", "b") + b")\x81") * DEPTH + b"b" * (DEPTH - 1),
     "frozensets": b"(" * DEPTH + b"\x91" * DEPTH,
+    "equal frozensets": b"\x8f(" + (b"(" * DEPTH + b"\x91" * DEPTH) * 2 + b"\x90",
     "key": b"}" + b")" + b"\x85" * DEPTH + b"Ns",
     "member": b"\x8f()" + b"\x85" * DEPTH + b"\x90",
 }

@@ -6,7 +6,6 @@ import io
 import pickle
 import struct
 import sys
-import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -190,6 +189,11 @@ def test_tensors_that_lie(here: Path, offset: int, shape: tuple[int, ...], strid
     assert TorchPickle(write_zip(here / "m.pt", beside)).names() == ["ok"]
 
 
+def test_strides_that_mean_nothing_may_be_anything(here: Path) -> None:
+    path = write_zip(here / "m.pt", mapping(w=tensor(None, 4, (1, 2), (1 << 62, 1))))
+    assert TorchPickle(path).read("w").tolist() == [[5, 6]]
+
+
 @pytest.mark.parametrize(
     ("storages", "match"),
     [
@@ -204,6 +208,13 @@ def test_tensors_that_lie(here: Path, offset: int, shape: tuple[int, ...], strid
 def test_legacy_storages_that_lie(here: Path, storages: dict[str, tuple[int, bytes]], match: str) -> None:
     with pytest.raises(FormatError, match=match):
         TorchPickle(write_legacy(here / "m.pt", mapping(w=tensor()), storages))
+
+
+def test_legacy_files_of_another_version(here: Path) -> None:
+    path = write_legacy(here / "m.pt", mapping(w=tensor()))
+    path.write_bytes(path.read_bytes().replace(pickle.dumps(1001, 2), pickle.dumps(1002, 2)))
+    with pytest.raises(FormatError, match="its protocol version is not 1001"):
+        TorchPickle(path)
 
 
 # -- modules that are none
@@ -280,23 +291,6 @@ def test_two_entries_of_one_name(here: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("archive/data.pkl", pickled(CALLS["os.system"]))
     with pytest.raises(FormatError, match="two entries of its zip archive have the same name"):
-        TorchPickle(path)
-
-
-def test_zip_bombs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = here / "m.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", pickled(mapping(w=tensor(storage(numel=1 << 20), 0, (1 << 20,), (1,)))))
-        archive.writestr("archive/data/0", bytes(1 << 26))
-    tracemalloc.start()
-    with pytest.raises(FormatError, match="storage '0' has 67,108,864 bytes; its pickle says 4,194,304"):
-        TorchPickle(path)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
-    monkeypatch.setattr("loadstone.checkpoint.torch_archive.MAX_DEFLATED_PICKLE", 1 << 20)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes((1 << 20) + 1))
-    with pytest.raises(FormatError, match="its pickle declares 1,048,577 bytes when decompressed"):
         TorchPickle(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_pickle import mapping, number, storage, tensor, text, tuple_of, write_legacy, write_zip
+from hostile_pickle import mapping, number, pickled, storage, tensor, text, tuple_of, write_legacy, write_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -166,6 +166,23 @@ def test_damage_inside_a_compressed_storage_is_found(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(FormatError, match="does not decompress to its declared 400 bytes"):
         TorchPickle(path).read("w")
+
+
+def test_zip_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickled(mapping(w=tensor(storage(numel=1 << 20), 0, (1 << 20,), (1,)))))
+        archive.writestr("archive/data/0", bytes(1 << 26))
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="storage '0' has 67,108,864 bytes; its pickle says 4,194,304"):
+        TorchPickle(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    monkeypatch.setattr("loadstone.checkpoint.torch_archive.MAX_DEFLATED_PICKLE", 1 << 20)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes((1 << 20) + 1))
+    with pytest.raises(FormatError, match="its pickle declares 1,048,577 bytes when decompressed"):
+        TorchPickle(path)
 
 
 def test_unaligned_storages_are_copied_not_refused(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_training_checkpoint(tmp_path: Path, is_zip: bool, protocol: int) -> Non
         (lambda w: {"payload": w, "step": torch.tensor(3), "rng_state": torch.zeros(9)}, "'payload'"),
         (lambda w: {"a": {"b": {"model": w}}}, "'a.b.model'"),
         (lambda w: {"module": {"module": w}}, "'module.module'"),
+        (lambda w: {"payload": w, "loss": nn.CrossEntropyLoss(), "opt": torch.optim.SGD([w["0.weight"]])}, "'payload'"),
     ],
 )
 def test_wrapped_state_dicts(tmp_path: Path, wrap: Any, where: str) -> None:
@@ -69,7 +70,10 @@ def test_entries_of_a_state_dict_that_are_no_tensors(tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "m.pt", value)
     assert checkpoint.names() == ["w"]
     assert checkpoint.metadata == {"_extra_state": {"scale": 2}, "steps": 3, "none": None}
-    assert checkpoint.notes == ["left aside: an entry whose name is a int"]
+    assert checkpoint.notes == ["left aside: 1 entries whose names are no text"]
+    lists = {f"l{i}": [torch.ones(1)] for i in range(15)}
+    names = ", ".join(f"'l{i}' (1 tensor)" for i in range(12))
+    assert save(tmp_path / "l.pt", {"w": torch.ones(2)} | lists).notes == [f"left aside: {names}, and 3 more"]
     with pytest.raises(LoadstoneError, match=r"no tensor 'ww'.*nearest: w"):
         checkpoint.read("ww")
 
@@ -155,6 +159,18 @@ def quantised() -> torch.Tensor:
     return torch._empty_affine_quantized((2, 2), scale=0.1, zero_point=3, dtype=torch.qint8)
 
 
+def test_metadata_that_unfolds_without_end_is_left_aside(tmp_path: Path) -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    laughs: list[Any] = ["ha"]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    value = {"model": {"w": torch.ones(2)}, "loop": loop, "laughs": laughs, "long": list(range(300_000)), "n": 1}
+    checkpoint = save(tmp_path / "m.pt", value)
+    assert checkpoint.metadata == {"n": 1}
+    assert checkpoint.notes == ["weights found under 'model'; left aside: 'loop', 'laughs', 'long'"]
+
+
 @pytest.mark.parametrize(
     ("value", "match"),
     [
@@ -184,10 +200,7 @@ def test_what_holds_no_readable_weights(tmp_path: Path, value: Any, match: str) 
             call("torch._utils", "_rebuild_tensor_v3", *ARGS, name("torch", "float32"), mapping(neg=b"\x88")),
             "type is neg",
         ),
-        (
-            call("torch._tensor", "_rebuild_from_type_v2", REBUILD, name("torch", "Tensor"), tuple_of(*ARGS), b"}"),
-            "",
-        ),
+        (call("torch._tensor", "_rebuild_from_type_v2", REBUILD, name("torch", "Tensor"), tuple_of(*ARGS), b"}"), ""),
         (
             call("torch._tensor", "_rebuild_from_type_v2", REBUILD, name("my", "Int4"), tuple_of(*ARGS), b"}"),
             r"would be made by calling torch\._tensor\._rebuild_from_type_v2\(\.\.\.\)\. Save weights",

@@ -21,7 +21,7 @@ from ..errors import FormatError
 from .pickle_opcodes import unpickle
 from .pickle_vm import PickleVM, printable
 from .torch_state import SAVE_WEIGHTS, hostile
-from .torch_values import HANDLERS, ITEMSIZES, StorageTable
+from .torch_values import HANDLERS, ITEMSIZES, StorageRef, StorageTable
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
@@ -78,7 +78,7 @@ def inflate(path: Path, data: mmap.mmap, region: Region) -> bytes:
         content = stream.decompress(raw, region.nbytes + 1)
     except (zlib.error, MemoryError, OverflowError) as error:
         raise FormatError(path, f"the entry at byte {region.offset} does not decompress ({error}).", _AGAIN) from None
-    if len(content) != region.nbytes or not stream.eof or zlib.crc32(content) != region.crc:
+    if len(content) != region.nbytes or zlib.crc32(content) != region.crc:
         problem = f"the entry at byte {region.offset} does not decompress to its declared {region.nbytes:,} bytes."
         raise FormatError(path, problem, _AGAIN)
     return content
@@ -207,18 +207,22 @@ def _open_legacy(path: Path, data: mmap.mmap) -> Archive:
     root, keys = load(), load()
     if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages.by_key):
         raise FormatError(path, "its list of storages is not that of the tensors in its pickle.", _AGAIN)
+    regions = _legacy_regions(path, data, position, [storages.by_key[key] for key in keys])
+    return Archive("pytorch-legacy", root, regions, list(seen), swapped=sys.byteorder != "little")
+
+
+def _legacy_regions(path: Path, data: mmap.mmap, position: int, storages: list[StorageRef]) -> dict[str, Region]:
+    """The storages behind the pickles, one after the other from byte `position`: elements as int64, then the bytes."""
     regions = {}
-    for key in keys:
-        expected = storages.by_key[key]
-        regions[key] = region = Region(position + 8, expected.nbytes, expected.nbytes)
-        position = region.offset + region.nbytes
+    for storage in storages:
+        region = Region(position + 8, storage.nbytes, storage.nbytes)
+        position, name = region.offset + region.nbytes, f"'{printable(storage.key)}'"
         if position > len(data):
-            problem = f"it ends at byte {len(data):,}, before the end of storage '{printable(key)}' at {position:,}."
+            problem = f"it ends at byte {len(data):,}, before the end of storage {name} at {position:,}."
             raise FormatError(path, problem, "It is cut off: download or copy it again.")
         numel = int.from_bytes(data[region.offset - 8 : region.offset], "little", signed=True)
-        if numel * ITEMSIZES[expected.dtype] != expected.nbytes:
-            problem = (
-                f"storage '{printable(key)}' has {numel:,} elements of {expected.dtype}; its pickle says otherwise."
-            )
+        if numel * ITEMSIZES[storage.dtype] != storage.nbytes:
+            problem = f"storage {name} has {numel:,} elements of {storage.dtype}; its pickle says otherwise."
             raise FormatError(path, problem, _AGAIN)
-    return Archive("pytorch-legacy", root, regions, list(seen), swapped=sys.byteorder != "little")
+        regions[storage.key] = region
+    return regions

@@ -20,6 +20,7 @@ WEIGHT_KEYS = ("model_state_dict", "state_dict", "model", "module", "weights", "
 OTHER_STATE = ("optim", "sched", "scaler", "rng")  # keys that contain these hold tensors, but no weights
 MAX_WRAPPERS = 3  # {"checkpoint": {"model": {...}}} and one more
 MAX_MODULE_DEPTH = 100
+MAX_LISTED = 12  # names in one message
 MAX_NAME = 1000  # characters
 MODULE_COST = 100  # of the budget: a child may be shared, so that a few modules unfold to any number
 
@@ -34,7 +35,7 @@ _DANGEROUS = frozenset(
 _HARMLESS_BUILTINS = frozenset(
     "set frozenset slice complex bytearray bytes int float str bool list dict tuple object range type getattr".split()
 )
-
+_TENSOR_MAKERS = ("_rebuild", "Tensor", "Parameter", "_load_from_bytes")  # parts of the names of torch's
 
 _Keys = tuple[str, ...]
 
@@ -70,27 +71,30 @@ def find_weights(path: Path, root: Any, globals_seen: Iterable[str]) -> Weights:
         return _find_weights(path, root, globals_seen)
     except BudgetError:
         problem = "its values refer to each other so often that they unfold without end."
-        raise FormatError(path, problem, _NEVER) from None
+        raise FormatError(path, problem, SAVE_WEIGHTS) from None
 
 
 def _find_weights(path: Path, root: Any, globals_seen: Iterable[str]) -> Weights:
     weights, found = Weights(), _search(root, (), set())
     if not found:
         raise hostile(path, root, globals_seen) or FormatError(path, f"no weights: {_describe(root)}.", SAVE_WEIGHTS)
+    if len(found) > 1:  # a loss function is a module too
+        found = [(keys, value) for keys, value in found if weights.count_tensors(value)] or found[:1]
     if len(found) > 1:
-        counts = [(printable(".".join(keys)), weights.count_tensors(value)) for keys, value in found[:8]]
+        counts = [(printable(".".join(keys)), weights.count_tensors(value)) for keys, value in found[:MAX_LISTED]]
         choices = ", ".join(f"'{label}' ({count} tensors)" for label, count in counts)
         raise FormatError(path, f"it holds several sets of weights: {choices}.", "Save the one that you want alone.")
     keys, state = found[0]
-    _collect(path, state, weights)
     _set_siblings_aside(root, keys, weights)
+    _collect(path, state, weights)
     if isinstance(state, Record) and is_module(state):
         weights.notes.append(f"a whole pickled module ({state}): its tensors were named without importing its class")
     where = [f"weights found under '{printable('.'.join(keys))}'"] if keys else []
-    aside = ["left aside: " + ", ".join(weights.left_aside)] if weights.left_aside else []
+    more = [f"and {len(weights.left_aside) - MAX_LISTED} more"] * (len(weights.left_aside) > MAX_LISTED)
+    aside = ["left aside: " + ", ".join(weights.left_aside[:MAX_LISTED] + more)] if weights.left_aside else []
     weights.notes += ["; ".join(where + aside)] if where or aside else []
     if risky := [printable(name) for name in globals_seen if is_dangerous(name)]:
-        weights.notes.append(f"the pickle asks for {', '.join(risky[:5])}: {_NEVER}")
+        weights.notes.append(f"the pickle asks for {', '.join(risky[:MAX_LISTED])}: {_NEVER}")
     return weights
 
 
@@ -110,8 +114,9 @@ def is_module(value: Any) -> bool:
 
 def is_tensor(value: Any) -> bool:
     """A tensor, or an object of torch's that stands where a tensor would (quantised, sparse, distributed, ...)."""
-    of_torch = isinstance(value, Record) and value.module.split(".")[0] == "torch" and not is_module(value)
-    return of_torch or isinstance(value, TensorRef)
+    if isinstance(value, Record):
+        return value.module.split(".")[0] == "torch" and any(part in value.name for part in _TENSOR_MAKERS)
+    return isinstance(value, TensorRef)
 
 
 def as_mapping(value: Any) -> dict[Any, Any] | None:
@@ -154,7 +159,7 @@ def hostile(path: Path, root: Any, globals_seen: Iterable[str]) -> FormatError |
 def _describe(root: Any) -> str:
     mapping = as_mapping(root)
     if mapping is not None:
-        keys = ", ".join(f"'{printable(key, 40)}'" for key in islice(mapping, 8) if type(key) is str)
+        keys = ", ".join(f"'{printable(key, 40)}'" for key in islice(mapping, MAX_LISTED) if type(key) is str)
         return f"it is a dictionary without tensors (keys: {keys or 'none'})"
     if isinstance(root, Record):
         return f"it holds an instance of {root}"
@@ -204,9 +209,10 @@ def _set_siblings_aside(root: Any, keys: _Keys, weights: Weights) -> None:
 def _collect(path: Path, state: Any, weights: Weights) -> None:
     mapping = None if is_module(state) else as_mapping(state)
     entries = _module_entries(path, state, weights.budget) if mapping is None else mapping.items()
+    unnamed = 0
     for name, value in entries:
         if type(name) is not str:
-            weights.left_aside.append(f"an entry whose name is a {type(name).__name__}")
+            unnamed += 1
         elif isinstance(value, TensorRef):
             if problem := value.problem():
                 raise FormatError(path, f"tensor '{printable(name)}': {problem}.", SAVE_WEIGHTS)
@@ -216,6 +222,8 @@ def _collect(path: Path, state: Any, weights: Weights) -> None:
             raise FormatError(path, problem, _NEVER if is_dangerous(str(culprit)) else SAVE_WEIGHTS)
         else:
             weights.set_aside((name,), value)
+    if unnamed:
+        weights.left_aside.append(f"{unnamed} entries whose names are no text")
     if isinstance(mapping, PickledDict) and isinstance(mapping.state, dict):
         for name, value in mapping.state.items():
             weights.set_aside((str(name),), value)
