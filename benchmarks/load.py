@@ -78,12 +78,12 @@ print(json.dumps(found | dict(check=float(logits[0, -1, 7]))))
 
 def write_files(folder: Path) -> None:
     """The same weights as HuggingFace safetensors, as a state dict of our model, and as rasbt's."""
-    import dialects
     import torch
-    from peers.test_gpt2_124m import CONFIG, full_size
     from safetensors.numpy import save_file
 
+    import dialects
     from loadstone.load import load_model, open_source
+    from peers.test_gpt2_124m import CONFIG, full_size
 
     weights = full_size()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -15,9 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopback import Handler, Loopback, Reply, Seen, served
-
 import loadstone
+from loopback import Handler, Loopback, Reply, Seen, served
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bundle_writer import write_bundle
-from gguf_files import gguf_file, tensor
 from safetensors.numpy import save_file
 
+from bundle_writer import write_bundle
+from gguf_files import gguf_file, tensor
 from loadstone.checkpoint import open_checkpoint
 
 ONES = np.ones((2, 3), np.float32)

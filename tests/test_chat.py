@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate import Letters
 
 from loadstone.chat import Conversation, run
 from loadstone.config import GPTConfig
 from loadstone.model import GPT
+from test_generate import Letters
 
 
 class Templated(Letters):

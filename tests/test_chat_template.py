@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_vocabularies import byte_level, gguf_byte_level, write_pair
 
 from loadstone.errors import TokenizerError
 from loadstone.tokenizer import Tokenizer, chat, load_tokenizer
+from small_vocabularies import byte_level, gguf_byte_level, write_pair
 
 VOCAB, MERGES = byte_level()
 END = "<|endoftext|>"

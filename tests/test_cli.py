@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dialects
 import numpy as np
 import pytest
-from test_load import GPT2, tensors_of, write_hf, write_torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import dialects
 from loadstone.cli import main
+from test_load import GPT2, tensors_of, write_hf, write_torch
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -180,6 +180,15 @@ def test_assumptions_are_told_and_can_be_set(run: Run, tmp_path: Path) -> None:
     assert status == 0
     assert "assumed: n_heads = " in err
     assert run("verify", path, "--set", "n_heads=4")[2] == ""
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
+    name = "wte\x1b[31m\x07.weight"
+    path = write_torch(tmp_path / "model.pth", tensors_of(GPT2 | {name: np.zeros(3, np.float32)}))
+    for verb, options in (("inspect", ["--tensors"]), ("plan", ["--all"]), ("verify", [])):
+        _, out, err = run(verb, path, *options)
+        assert r"wte\x1b[31m\x07.weight" in out + err
+        assert "\x1b" not in out + err
 
 
 def test_version_and_no_arguments(run: Run) -> None:

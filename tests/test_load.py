@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import dialects
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from bundle_writer import write_bundle
 from safetensors.numpy import save_file
 
+import dialects
+from bundle_writer import write_bundle
 from loadstone.errors import PlanError, TokenizerError
 from loadstone.load import load, load_model, load_tokenizer_for, open_source
 from loadstone.model import GPT

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-import dialects
 import numpy as np
 import pytest
-import reference
 import torch
-from memory import MemoryCheckpoint
 
+import dialects
+import reference
 from loadstone.config import GPTConfig, Rope
 from loadstone.config.others import LLAMA_FIELDS
 from loadstone.load import load_model, open_source
 from loadstone.model import GPT, inverse_frequencies
 from loadstone.weightmap import parameter_shapes
+from memory import MemoryCheckpoint
 
 SWITCHES = {
     "gpt2": GPTConfig(97, 24, 32, 2, 4),

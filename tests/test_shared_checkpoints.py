@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
 from safetensors.numpy import load_file
 
+import reference
 from loadstone.generate import generate_text
 from loadstone.load import load, load_model, open_source
 from loadstone.verify import verify

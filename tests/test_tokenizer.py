@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from loadstone.errors import TokenizerError
+from loadstone.tokenizer import Tokenizer, check_tokenizer, from_gguf, gpt2, gpt2_tokenizer, load_tokenizer
+from loadstone.tokenizer.gguf_vocab import CUTS
 from loopback import Loopback, served
 from small_vocabularies import (
     NASTY,
@@ -27,10 +31,6 @@ from small_vocabularies import (
     sentencepiece_ids,
     write_pair,
 )
-
-from loadstone.errors import TokenizerError
-from loadstone.tokenizer import Tokenizer, check_tokenizer, from_gguf, gpt2, gpt2_tokenizer, load_tokenizer
-from loadstone.tokenizer.gguf_vocab import CUTS
 
 END = "<|endoftext|>"
 VOCAB, MERGES = byte_level()
@@ -661,6 +661,13 @@ def test_gpt2_is_downloaded_once(nowhere: pytest.MonkeyPatch, gpt2_files: Path, 
         for _ in range(2):
             assert gpt2_tokenizer(None).source == f"GPT-2's tokenizer from {tmp_path / 'cache' / 'gpt2-tokenizer'}"
         assert sorted(seen.path for seen in server.seen) == ["/encoder.json", "/vocab.bpe"]
+
+
+def test_gpt2_offline_does_not_try_the_network(nowhere: pytest.MonkeyPatch) -> None:
+    nowhere.setenv("HF_HUB_OFFLINE", "1")
+    nowhere.setattr("loadstone.checkpoint.download.fetch", lambda *_, **__: pytest.fail("went to the network"))
+    with pytest.raises(TokenizerError, match="download: HF_HUB_OFFLINE is set"):
+        gpt2_tokenizer(None)
 
 
 def test_gpt2_nowhere_lists_each_place_and_the_next_step(nowhere: pytest.MonkeyPatch, tmp_path: Path) -> None:

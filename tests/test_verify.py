@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import dialects
 import pytest
 import torch
-from test_load import GPT2, tensors_of, write_hf, write_torch
 
+import dialects
 from loadstone.errors import LoadstoneError
 from loadstone.load import load_model, open_source
 from loadstone.model import GPT
 from loadstone.verify import check_lengths, compare_logits, english_loss, judge_loss, verify
 from loadstone.weightmap import Identity
+from test_load import GPT2, tensors_of, write_hf, write_torch
 
 
 @pytest.fixture

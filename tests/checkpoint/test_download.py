@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from loopback import Handler, Loopback, Reply, Seen, in_turn, piece, served
 
 from loadstone.checkpoint import download
 from loadstone.checkpoint.download import ATTEMPTS, CHUNK, fetch, locked
 from loadstone.errors import SourceError
+from loopback import Handler, Loopback, Reply, Seen, in_turn, piece, served
 
 BODY = random.Random(7).randbytes(5 * CHUNK - 123)
 OTHER = random.Random(8).randbytes(5 * CHUNK - 123)

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf_files import ARRAY, F32, U16, U32, gguf_file, pair, strings, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gguf_files import ARRAY, F32, U16, U32, gguf_file, pair, strings, tensor
 from loadstone.checkpoint.base import DTYPES
 from loadstone.checkpoint.gguf import BLOCKS, Gguf
 from loadstone.errors import FormatError

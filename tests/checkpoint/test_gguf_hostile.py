@@ -7,10 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from gguf_files import ARRAY, BOOL, STRING, U8, U16, U32, U64, gguf_file, pair, strings, tensor, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gguf_files import ARRAY, BOOL, STRING, U8, U16, U32, U64, gguf_file, pair, strings, tensor, text
 from loadstone.checkpoint.gguf import Gguf
 from loadstone.errors import FormatError
 

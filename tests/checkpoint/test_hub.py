@@ -10,15 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from bundle_writer import gpt2_tensors, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback import Loopback, Reply, in_turn, served
 
+from bundle_writer import gpt2_tensors, write_bundle
 from loadstone.checkpoint import hub
 from loadstone.checkpoint.download import safe_name, shown, size_text
 from loadstone.checkpoint.hub import OPENAI_FILES, OPENAI_SHA256, cache_folder, resolve
 from loadstone.errors import SourceError
+from loopback import Loopback, Reply, in_turn, served
 
 BODY = bytes(range(256)) * 1000
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub, Repo, pull, pull_each, refused, repo
-from loopback import Reply, in_turn
 
+from fake_hub import FakeHub, Repo, pull, pull_each, refused, repo
 from loadstone.checkpoint.huggingface import HubName, choose
 from loadstone.errors import SourceError
+from loopback import Reply, in_turn
 
 BODY = bytes(range(256)) * 1000
 

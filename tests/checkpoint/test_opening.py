@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_files import LFS, bundle, gguf, index, safetensors, some_zip, torch_file, value
 
 from loadstone.checkpoint import open_checkpoint
 from loadstone.errors import FormatError, SourceError
+from small_files import LFS, bundle, gguf, index, safetensors, some_zip, torch_file, value
 
 # -- what is not there, or cannot be read
 

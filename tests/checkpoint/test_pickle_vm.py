@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_pickle import call, mapping, name, number, pickled, tensor, text, tuple_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostile_pickle import call, mapping, name, number, pickled, tensor, text, tuple_of
 from loadstone.checkpoint.pickle_opcodes import MAX_STEPS, unpickle
 from loadstone.checkpoint.pickle_plain import Budget, BudgetError, UnfoldingError, plain
 from loadstone.checkpoint.pickle_vm import GlobalRef, PickleVM, Record

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from safetensors_files import agree, entry, one, pack
 
 from loadstone.checkpoint.base import DTYPES
 from loadstone.checkpoint.safetensors import Safetensors
 from loadstone.errors import FormatError, LoadstoneError
+from safetensors_files import agree, entry, one, pack
 
 CODES = {
     **{"bool": "BOOL", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "int8": "I8", "int16": "I16"},

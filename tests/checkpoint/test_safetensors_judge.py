@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from safetensors_files import BITS, agree, entry, one, pack
 
 from loadstone.checkpoint.safetensors import Safetensors
 from loadstone.errors import FormatError
+from safetensors_files import BITS, agree, entry, one, pack
 
 fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

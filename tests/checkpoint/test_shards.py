@@ -12,12 +12,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import STRING, U16, gguf_file, pair, tensor, text
 from huggingface_hub import save_torch_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from gguf_files import STRING, U16, gguf_file, pair, tensor, text
 from loadstone.checkpoint import open_checkpoint
 from loadstone.checkpoint.gguf import Gguf
 from loadstone.errors import FormatError, LoadstoneError

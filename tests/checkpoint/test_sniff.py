@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_files import LFS, ONES, bundle, gguf, index, safetensors, some_zip, torch_file, value
 
 from loadstone.checkpoint import open_checkpoint
 from loadstone.checkpoint.sniff import sniff
 from loadstone.checkpoint.sstable import MAGIC
 from loadstone.errors import FormatError, LoadstoneError
+from small_files import LFS, ONES, bundle, gguf, index, safetensors, some_zip, torch_file, value
 
 # -- the bytes decide, whatever the name
 

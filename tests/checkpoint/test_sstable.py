@@ -8,10 +8,10 @@ from contextlib import suppress
 
 import cramjam
 import pytest
-from bundle_writer import MAGIC, block, framed, message, table, varint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bundle_writer import MAGIC, block, framed, message, table, varint
 from loadstone.checkpoint import protobuf
 from loadstone.checkpoint.protobuf import CorruptError, Message
 from loadstone.checkpoint.sstable import masked_crc32c, read_table, snappy_decompress

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundle_checks import Tensors, assert_reads
-from bundle_writer import DATA_TYPES, entry, gpt2_tensors, of, write_bundle, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bundle_checks import Tensors, assert_reads
+from bundle_writer import DATA_TYPES, entry, gpt2_tensors, of, write_bundle, write_raw
 from loadstone.checkpoint.base import DTYPES
 from loadstone.checkpoint.tensor_bundle import TensorBundle
 from loadstone.errors import FormatError, LoadstoneError, SourceError

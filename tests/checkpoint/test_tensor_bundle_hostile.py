@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bundle_checks import Tensors, read_all, same_bits
 from bundle_writer import (
     entry,
@@ -22,9 +25,6 @@ from bundle_writer import (
     write_bundle,
     write_raw,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from loadstone.checkpoint.tensor_bundle import TensorBundle
 from loadstone.errors import FormatError, LoadstoneError
 

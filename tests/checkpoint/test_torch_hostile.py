@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from hostile_pickle import (
     CALLS,
     COMMAND,
@@ -31,9 +34,6 @@ from hostile_pickle import (
     write_legacy,
     write_zip,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from loadstone.checkpoint.torch_pickle import TorchPickle
 from loadstone.errors import FormatError
 

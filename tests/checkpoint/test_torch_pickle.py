@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_pickle import mapping, number, pickled, storage, tensor, text, tuple_of, write_legacy, write_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch_files import FORMATS, TORCH_DTYPES, assert_same, bits, save
 
+from hostile_pickle import mapping, number, pickled, storage, tensor, text, tuple_of, write_legacy, write_zip
 from loadstone.checkpoint.torch_pickle import TorchPickle
 from loadstone.errors import FormatError
+from torch_files import FORMATS, TORCH_DTYPES, assert_same, bits, save
 
 # -- tensors
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_pickle import EMPTY_ORDERED, call, mapping, name, number, storage, tuple_of, write_zip
 from torch import nn
-from torch_files import FORMATS, assert_same, save, training_checkpoint
 
+from hostile_pickle import EMPTY_ORDERED, call, mapping, name, number, storage, tuple_of, write_zip
 from loadstone.checkpoint.torch_pickle import TorchPickle
 from loadstone.errors import FormatError, LoadstoneError
+from torch_files import FORMATS, assert_same, save, training_checkpoint
 
 # -- finding the weights
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dialects
 import pytest
 import torch
 
+import dialects
 from loadstone.load import load_model, open_source
 from loadstone.model import GPT
 

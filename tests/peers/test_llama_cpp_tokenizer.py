@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_vocabularies import LETTERS, NASTY, byte_level, gguf_byte_level, gguf_sentencepiece
 
 from loadstone.checkpoint.gguf import Gguf
 from loadstone.tokenizer import Tokenizer, load_tokenizer
 from loadstone.tokenizer.gguf_vocab import CUTS
+from small_vocabularies import LETTERS, NASTY, byte_level, gguf_byte_level, gguf_sentencepiece
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")

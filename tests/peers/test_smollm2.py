@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loadstone.tokenizer import Tokenizer
 
 from loadstone.checkpoint.hub import resolve
 from loadstone.generate import generate
 from loadstone.load import load
 from loadstone.model import GPT
+from loadstone.tokenizer import Tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),

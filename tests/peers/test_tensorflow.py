@@ -10,10 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from bundle_checks import assert_reads, same_bits
-from bundle_writer import gpt2_tensors, write_bundle
 from numpy.typing import NDArray
 
+from bundle_checks import assert_reads, same_bits
+from bundle_writer import gpt2_tensors, write_bundle
 from loadstone.checkpoint.base import DTYPES
 from loadstone.checkpoint.tensor_bundle import TensorBundle
 from loadstone.errors import FormatError

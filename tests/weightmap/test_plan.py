@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import dialects
 import numpy as np
 import pytest
-from memory import MemoryCheckpoint
 
+import dialects
 from loadstone.checkpoint.base import TensorInfo
 from loadstone.config import GPTConfig, Rope
 from loadstone.config.others import LLAMA_FIELDS
@@ -18,6 +17,7 @@ from loadstone.load import load_model, open_source
 from loadstone.weightmap import identify, make_plan
 from loadstone.weightmap.llama import HF as LLAMA_HF
 from loadstone.weightmap.plan import unwrap
+from memory import MemoryCheckpoint
 
 GPT2 = dialects.gpt2_hf()
 HEADS = {"n_heads": 4}

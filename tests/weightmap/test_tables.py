@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dialects
 import numpy as np
 import pytest
-import reference
 import torch
-from memory import MemoryCheckpoint, same
 
+import dialects
+import reference
 from loadstone.config import GPTConfig
 from loadstone.load import load_model, open_source
 from loadstone.weightmap import TABLES, WeightMap, apply, make_plan, parameter_shapes
 from loadstone.weightmap.gpt2 import HF, OPENAI
 from loadstone.weightmap.ops import Op, RotaryHalves, SplitQKV, Squeeze, Transpose
 from loadstone.weightmap.rules import Rule
+from memory import MemoryCheckpoint, same
 
 GPT2 = dialects.gpt2_hf()
 GPT2_WRITERS: dict[str, Callable[[dialects.Tensors], dialects.Tensors]] = {

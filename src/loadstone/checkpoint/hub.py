@@ -106,14 +106,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loadstone"
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids the network (HF_HUB_OFFLINE, as huggingface_hub reads it)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def _resolve(
     source: str | Path, revision: str | None, offline: bool | None, progress: bool | None, tell: Callable[[str], None]
 ) -> Path:
     text = str(source)
     if not text.strip():
         raise SourceError("The name of the model is empty. Give a file, a folder, a hub name, an alias or a URL.")
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = is_offline() if offline is None else offline
     request = _Request(text, revision, offline, sys.stderr.isatty() if progress is None else progress, tell)
     only_local = isinstance(source, Path) or not text.isprintable()
     try:

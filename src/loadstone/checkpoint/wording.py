@@ -17,3 +17,8 @@ def few(items: Iterable[str], limit: int = 4) -> str:
     listed = list(items)
     rest = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def visible(text: str) -> str:
+    """Text that may come out of a file, safe for a terminal: control characters and lone surrogates as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

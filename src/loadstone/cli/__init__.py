@@ -5,11 +5,13 @@ Exit status: 0 good, 1 the answer is no, 2 the input is bad. Errors are one para
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
 from . import fetch, look, run
 
@@ -38,10 +40,14 @@ for _verb in (look.inspect, look.plan, look.verify, run.generate, run.chat, fetc
 
 def main() -> None:
     """Entry point: turns our errors into one paragraph and exit status 2."""
+    # File names and token texts may hold what the terminal's encoding cannot show; that must not end a command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="loadstone")
     except LoadstoneError as error:
-        print(f"loadstone: {error}", file=sys.stderr)
+        print(f"loadstone: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)

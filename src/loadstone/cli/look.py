@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
 from .options import (
     Device,
@@ -64,10 +65,10 @@ def inspect(
         print_json(facts)
         return
     for label, text in inspect_lines(checkpoint, identity, reason):
-        print(f"{label:<10} {text}")
+        print(f"{label:<10} {visible(text)}")
     if tensors:
         for name, info in checkpoint.tensors.items():
-            print(f"  {name}  {' x '.join(map(str, info.shape)) or 'scalar'}  {info.dtype}")
+            print(f"  {visible(name)}  {' x '.join(map(str, info.shape)) or 'scalar'}  {info.dtype}")
 
 
 def plan(
@@ -91,12 +92,12 @@ def plan(
         layers = f"{identity.config.n_layers} layers; config from {identity.config_source}"
         print(f"{identity.weight_map.name} -> model, {layers}")
         for line in plan_lines(rows):
-            print(f"  {line}")
+            print(f"  {visible(line)}")
         print(f"  {tie_text(identity)}")
         for name, reason in identity.plan.ignored.items() if every else ():
-            print(f"  {name}: left aside, {reason}")
+            print(f"  {visible(name)}: left aside, {reason}")
         for problem in identity.plan.problems():
-            print(f"PROBLEM: {problem}")
+            print(f"PROBLEM: {visible(problem)}")
         print("clean: nothing missing, nothing unused" if identity.plan.clean else "not loadable as it is")
     if not identity.plan.clean:
         raise typer.Exit(1)

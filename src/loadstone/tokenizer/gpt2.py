@@ -91,13 +91,15 @@ def _in_package() -> Pair:
 
 def _downloaded() -> Pair:
     from ..checkpoint.download import fetch, locked  # imports requests: only for whoever downloads
-    from ..checkpoint.hub import cache_folder
+    from ..checkpoint.hub import cache_folder, is_offline
 
     folder = cache_folder() / "gpt2-tokenizer"
     try:
         for name, digest in FILES.items():
             with locked(folder / name):
                 if not (folder / name).is_file():
+                    if is_offline():
+                        raise _NotThereError("HF_HUB_OFFLINE is set")
                     fetch([URL + name], folder / name, sha256=digest)
     except SourceError as error:
         raise _NotThereError(str(error).rstrip(".")) from None

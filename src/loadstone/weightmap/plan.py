@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from ..checkpoint.base import TensorInfo
+from ..checkpoint.wording import few
 from ..config import GPTConfig
 from ..errors import PlanError
 from .canonical import Shape, parameter_shapes
@@ -96,14 +97,14 @@ class LoadPlan:
         found = []
         if self.doubled:
             pairs = [f"{stem} by {' and '.join(names)}" for stem, names in self.doubled.items()]
-            found.append(f"claimed twice: {_some(pairs)}")
+            found.append(f"claimed twice: {few(pairs)}")
         if self.mismatched:
             pairs = [f"{m.source} should be {list(m.expected)}, is {list(m.found)}" for m in self.mismatched]
-            found.append(f"wrong shape: {_some(pairs)}{self._transposed_hint()}")
+            found.append(f"wrong shape: {few(pairs)}{self._transposed_hint()}")
         if self.missing:
-            found.append(f"missing {len(self.missing)}: {_some([self._missing(target) for target in self.missing])}")
+            found.append(f"missing {len(self.missing)}: {few([self._missing(target) for target in self.missing])}")
         if self.unused:
-            found.append(f"unused {len(self.unused)}: {_some(self.unused)}")
+            found.append(f"unused {len(self.unused)}: {few(self.unused)}")
         return found
 
     def require_clean(self, where: str) -> None:
@@ -226,9 +227,3 @@ def _classify_rest(plan: LoadPlan, rest: Mapping[str, str], tensors: Mapping[str
             plan.ignored[name] = entry.reason
         else:
             plan.unused.append(name)
-
-
-def _some(items: list[str], most: int = 4) -> str:
-    """The first few, and how many more."""
-    more = len(items) - most
-    return ", ".join(items[:most]) + (f", and {more} more" if more > 0 else "")
