@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import dialects
 from loadstone.cli import main
-from test_load import GPT2, tensors_of, write_hf, write_torch
+from model_files import GPT2, tensors_of, write_hf, write_torch
 
 Run = Callable[..., tuple[int, str, str]]
 

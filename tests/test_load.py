@@ -15,59 +15,10 @@ import torch
 from safetensors.numpy import save_file
 
 import dialects
-from bundle_writer import write_bundle
 from loadstone.errors import PlanError, TokenizerError
 from loadstone.load import load, load_model, load_tokenizer_for, open_source
 from loadstone.model import GPT
-
-GPT2 = dialects.gpt2_hf()
-CONFIG = {
-    "model_type": "gpt2", "vocab_size": 101, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-}  # fmt: skip
-
-
-def write_hf(folder: Path, tensors: dialects.Tensors = GPT2, **config: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    return folder
-
-
-def write_torch(path: Path, value: Any, legacy: bool = False) -> Path:
-    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
-    return path
-
-
-def tensors_of(arrays: dialects.Tensors) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-
-
-def write_gguf(path: Path) -> Path:
-    import gguf
-
-    writer: Any = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(40)
-    writer.add_embedding_length(32)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(4)
-    writer.add_layer_norm_eps(1e-5)
-    for name, value in dialects.gpt2_gguf(GPT2).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def write_openai(folder: Path) -> Path:
-    folder.mkdir()
-    write_bundle(folder / "model.ckpt", dialects.gpt2_openai(GPT2))
-    hparams = {"n_vocab": 101, "n_ctx": 40, "n_embd": 32, "n_head": 4, "n_layer": 3}
-    (folder / "hparams.json").write_text(json.dumps(hparams))
-    return folder
+from model_files import GPT2, tensors_of, write_gguf, write_hf, write_openai, write_torch
 
 
 def state(model: GPT) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from loadstone.load import load_model, open_source
 from loadstone.model import GPT
 from loadstone.verify import check_lengths, compare_logits, english_loss, judge_loss, verify
 from loadstone.weightmap import Identity
-from test_load import GPT2, tensors_of, write_hf, write_torch
+from model_files import GPT2, tensors_of, write_hf, write_torch
 
 
 @pytest.fixture

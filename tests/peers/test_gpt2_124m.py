@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import torch
 import dialects
 from loadstone.load import load_model, open_source
 from loadstone.model import GPT
+from model_files import write_gguf
 
 transformers = pytest.importorskip("transformers")
 tensorflow = pytest.importorskip("tensorflow")
@@ -95,21 +95,7 @@ def test_openai_checkpoint_written_by_tensorflow(
 
 
 def test_gguf(weights: dialects.Tensors, from_safetensors: tuple[Path, GPT], tmp_path: Path) -> None:
-    import gguf
-
-    writer: Any = gguf.GGUFWriter(tmp_path / "model.gguf", "gpt2")
-    writer.add_context_length(1024)
-    writer.add_embedding_length(768)
-    writer.add_block_count(12)
-    writer.add_feed_forward_length(3072)
-    writer.add_head_count(12)
-    writer.add_layer_norm_eps(1e-5)
-    for name, value in dialects.gpt2_gguf(weights).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "model.gguf", weights, heads=12)
     identity = open_source(tmp_path / "model.gguf")
     assert (identity.weight_map.name, identity.config_source) == ("gpt2/gguf", "GGUF metadata")
     assert same_bits(load_model(identity), from_safetensors[1])
