@@ -149,10 +149,18 @@ def test_chat_once_and_as_a_loop(run: Run, folder: Path) -> None:
         (("plan", "FOLDER", "--set", "n_heads"), "expected FIELD=VALUE"),
         (("plan", "FOLDER", "--set", "n_head=4"), "no config field is called n_head"),
         (("plan", "FOLDER", "--dialect", "klingon"), "no dialect is called 'klingon'"),
+        (("plan", "FOLDER", "--set", "tied=maybe"), "tied must be true or false, found 'maybe'"),
+        (("plan", "FOLDER", "--set", "eos_ids=5"), "eos_ids must be a list of token ids"),
+        (("plan", "FOLDER", "--set", 'rope={"zeta":1}'), "rope has the fields theta"),
+        (("verify", "FOLDER", "--against", "gpt4all"), "compares with transformers or transformers:PATH"),
+        (("verify", "FOLDER", "--device", "nonsense"), "device 'nonsense' cannot be used here"),
+        (("generate", "FOLDER", "once", "--seed", "9" * 30), "the seed must be from 0"),
+        (("generate", "FOLDER", "once", "--stop", ""), "a stop text must not be empty"),
+        (("chat", "FOLDER", "--system", "be kind", "-p", "x"), "a system message needs a chat template"),
         (("generate", "FOLDER", ""), "the prompt has no tokens"),
         (("generate", "FOLDER", "once", "--top-p", "2"), "top_p must be"),
         (("generate", "FOLDER", "once " * 60), "but the context is 40"),
-        (("verify", "FOLDER", "--dtype", "int8"), "dtype 'int8' is no floating type"),
+        (("verify", "FOLDER", "--dtype", "int8"), "dtype int8 is not supported"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_status_2(run: Run, folder: Path, arguments: tuple[str, ...], text: str) -> None:
@@ -176,10 +184,30 @@ def test_a_model_without_a_tokenizer_verifies_but_does_not_generate(run: Run, tm
 
 def test_assumptions_are_told_and_can_be_set(run: Run, tmp_path: Path) -> None:
     path = write_torch(tmp_path / "model.pth", tensors_of(dialects.gpt2_raschka(GPT2)))
-    status, _, err = run("verify", path)
+    status, out, err = run("verify", path)
     assert status == 0
     assert "assumed: n_heads = " in err
-    assert run("verify", path, "--set", "n_heads=4")[2] == ""
+    assert out.endswith("verified, with assumptions\n")
+    assert "assumed: n_heads = " in run("plan", path)[1]
+    assert json.loads(run("verify", path, "--json")[1])["assumed"][0].startswith("n_heads")
+    assert run("verify", path, "--set", "n_heads=4")[1:] == (out.replace(", with assumptions", ""), "")
+
+
+def test_set_takes_truth_values_as_people_write_them(run: Run, folder: Path) -> None:
+    for value, tied in (("False", False), ("true", True)):
+        facts = json.loads(run("inspect", folder, "--set", f"tied={value}", "--json")[1])
+        assert facts["model"]["config"]["tied"] is tied
+
+
+def test_json_is_strict_whatever_the_model_holds(run: Run, tmp_path: Path) -> None:
+    path = write_hf(tmp_path, GPT2 | {"ln_f.bias": GPT2["ln_f.bias"] * float("nan")}, bos_token_id=0, eos_token_id=0)
+    write_tokenizer(path)
+    status, out, _ = run("verify", path, "--json")
+    assert status == 1
+    assert json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["loss"] is None
+    status, _, err = run("generate", path, "once")
+    assert status == 2
+    assert "the model gives no finite score" in err
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_rope_of_transformers_5_and_4_are_the_same() -> None:
         (GPT2, {"n_layer": -1}, "n_layers must be a positive whole number, found -1"),
         (GPT2, {"layer_norm_epsilon": float("nan")}, "norm_eps must be a positive number"),
         (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        (LLAMA, {"rope_theta": -1.0}, "rope theta must be a positive number"),
+        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "rope factor must be a positive number"),
+        (LLAMA, {"num_key_value_heads": 3}, "config.json: n_heads 32 is not a multiple of n_kv_heads 3"),
         (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "zeta": 3}}, "zeta = 3"),
         (LLAMA, {"pretraining_tp": 2}, "'pretraining_tp' is 2"),
@@ -127,6 +130,8 @@ def test_llama_from_gguf() -> None:
         ({"llama.expert_count": 8}, "'expert_count' is 8"),
         ({"llama.rope.dimension_count": 4}, "'rope.dimension_count' is 4"),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported"),
+        ({"llama.attention.head_count": 0}, "'attention.head_count' should be 1 or more, found 0"),
+        ({"llama.rope.freq_base": 10**400}, "'rope.freq_base' is too large a number"),
         ({"llama.attention.sliding_window": 64}, "attention.sliding_window = 64: not known here"),
     ],
 )
@@ -140,3 +145,32 @@ def test_overrides_name_real_fields_and_derive_the_rest_anew() -> None:
     assert config.with_overrides({"n_heads": 8}) == GPTConfig(10, 10, 32, 1, 8)
     with pytest.raises(ConfigError, match=r"no config field is called n_head; fields: .*n_heads"):
         config.with_overrides({"n_head": 8})
+
+
+def test_the_newer_name_of_a_rope_scaling_wins() -> None:
+    both = {"rope_type": "linear", "type": "yarn", "factor": 2.0}
+    assert from_hf(LLAMA | {"rope_scaling": both}).rope == Rope(500000.0, "linear", 2.0)
+    with pytest.raises(ConfigError, match=r"x = 1.*--ignore-config x"):
+        from_hf(LLAMA | {"rope_scaling": both | {"x": 1}})
+    assert from_hf(LLAMA | {"rope_scaling": both | {"x": 1}}, ignore=["x"]).rope is not None
+
+
+def test_yarn_in_a_gguf_without_its_original_context_takes_the_context() -> None:
+    rope = from_gguf(GGUF | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, FACTS).rope
+    assert rope == Rope(1e5, "yarn", 4.0, 128)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"theta": 0.0}, {"theta": 1.0}, {"factor": -1.0}, {"scaling": "yarn"}, {"factors": (0.0,)}, {"scaling": "alibi"},
+     {"scaling": "llama3", "original_context": 8, "high_freq_factor": 1.0}],
+    ids=str,
+)  # fmt: skip
+def test_rope_values_without_a_meaning_are_refused(options: Any) -> None:
+    with pytest.raises(ConfigError, match="rope"):
+        Rope(**options)
+
+
+def test_rope_factors_must_fit_the_heads() -> None:
+    with pytest.raises(ConfigError, match="heads of 8 have 4 rotary frequencies, but 1 factors are given"):
+        GPTConfig(10, 10, 32, 1, 4, rope=Rope(scaling="factors", factors=(1.0,)))

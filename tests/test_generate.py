@@ -105,6 +105,45 @@ def test_a_session_reads_only_what_is_new_and_answers_the_same(model: GPT) -> No
         generate(model, PROMPTS, max_new_tokens=1, session=session)
 
 
+def test_an_interrupted_prompt_leaves_no_false_memory(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(model.new_cache(1))
+    generate(model, [[1, 2, 3, 4, 5]], max_new_tokens=1, session=session)
+    block = type(model.blocks[1])
+    whole = block.forward
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if arguments[-1] == 1:  # the second layer: the first has written to the cache
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(block, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[1, 2, 9, 9, 9]], max_new_tokens=1, session=session)
+    monkeypatch.undo()
+    answer = generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=5, session=session)[0].ids
+    assert answer == naive(model, [1, 2, 3, 4, 5, 6], 5)
+
+
+def test_a_session_smaller_than_the_context_ends_where_it_is_full(model: GPT) -> None:
+    (result,) = generate(model, [[1, 2, 3]], max_new_tokens=8, session=Session(model.new_cache(1, 6)))
+    assert (result.ids, result.finish) == (naive(model, [1, 2, 3], 4), "context")
+
+
+def test_a_growing_cache_gives_the_same(model: GPT) -> None:
+    session = Session(model.new_cache(1, allocate=2))
+    assert generate(model, [[1, 2, 3]], max_new_tokens=15, session=session)[0].ids == naive(model, [1, 2, 3], 15)
+    assert 17 <= session.cache.kv.shape[4] <= CONTEXT
+    assert model.new_cache(1, 0).size == 0
+
+
+def test_a_tiny_temperature_is_greedy_and_broken_scores_are_told(model: GPT) -> None:
+    cold = generate(model, PROMPTS, max_new_tokens=5, sampling=Sampling(temperature=1e-39), seed=0)
+    assert [result.ids for result in cold] == [naive(model, prompt, 5) for prompt in PROMPTS]
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(LoadstoneError, match="no finite score"):
+            choose(torch.full((1, 5), broken), [[]], Sampling(), [torch.Generator()])
+
+
 def test_padding_of_the_vocabulary_is_never_chosen(model: GPT) -> None:
     options: dict[str, Any] = {"max_new_tokens": 15, "sampling": Sampling(temperature=5.0), "seed": 1}
     assert max(max(r.ids) for r in generate(model, PROMPTS, **options)) >= 60
@@ -120,6 +159,9 @@ def test_padding_of_the_vocabulary_is_never_chosen(model: GPT) -> None:
         ([[-1]], {}, "token -1 is outside"),
         ([[1]], {"overflow": "wrap"}, "overflow must be refuse or window, found 'wrap'"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+        ([[1]], {"n_tokens": 0}, "n_tokens must be 1 or more"),
+        ([[1]], {"seed": -1}, "the seed must be from 0"),
+        ([[1]], {"seed": 2**64}, "the seed must be from 0"),
     ],
 )
 def test_bad_requests_are_refused_clearly(model: GPT, prompts: Any, options: Any, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def test_a_file_that_changed_after_the_load_is_found(loaded: tuple[Identity, GPT
 def test_nan_is_found(tmp_path: Path) -> None:
     broken = GPT2 | {"h.1.ln_1.bias": GPT2["h.1.ln_1.bias"] * float("nan")}
     identity = open_source(write_hf(tmp_path, broken))
-    assert failed(identity, load_model(identity)) == {"all values finite": "NaN or infinity in blocks.1.norm1.bias"}
+    assert failed(identity, load_model(identity)) == {
+        "all values finite": "NaN or infinity in blocks.1.norm1.bias",
+        "runs": "logits are NaN or infinite",
+    }
 
 
 def test_a_cast_model_is_compared_with_the_cast_file(loaded: tuple[Identity, GPT]) -> None:
@@ -133,3 +137,9 @@ def test_lengths() -> None:
 def test_an_unknown_reference_is_refused(loaded: tuple[Identity, GPT]) -> None:
     with pytest.raises(LoadstoneError, match="compares with transformers or transformers:PATH"):
         verify(*loaded, against="gpt4all")
+
+
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
+def test_a_comparison_that_was_asked_for_and_cannot_be_made_is_an_error(loaded: tuple[Identity, GPT]) -> None:
+    with pytest.raises(LoadstoneError, match="the package is not installed"):
+        verify(*loaded, against="transformers")

@@ -24,7 +24,9 @@ class Conversation:
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, system: str | None = None, **options: Any) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.messages = [{"role": "system", "content": system}] if system else []
-        self.session = Session(model.new_cache())
+        if system and tokenizer.chat_template is None:
+            raise LoadstoneError("a system message needs a chat template, and this model has none.")
+        self.session = Session(model.new_cache(allocate=512))
 
     def answer(self, text: str, show: Callable[[str], None]) -> str:
         """Stream one answer through `show`; returns it whole. Raises LoadstoneError if the conversation is too long."""

@@ -6,7 +6,7 @@ padded on the right, each row's cache has its own length, and a prompt gives the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING, Any
@@ -66,15 +66,15 @@ class Stream:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
         n_tokens: int | None = None,
         overflow: str = "refuse",
         session: Session | None = None,
     ) -> None:
         self.model, self.sampling = model, sampling or Sampling()
         self.max_new_tokens, self.stop_ids, self.n_tokens = max_new_tokens, frozenset(stop_ids), n_tokens
-        self.context = model.config.context_length
-        self.overflow, self.session = overflow, session
+        self.context = min(model.config.context_length, session.cache.size if session else model.config.context_length)
+        self.overflow, self.session, self.seed = overflow, session, seed
         self._check(prompts)
         self.history = [list(prompt) for prompt in prompts]
         self.results = [Generation() for _ in prompts]
@@ -99,6 +99,10 @@ class Stream:
         vocab = self.model.config.vocab_size
         if wrong := next((token for prompt in prompts for token in prompt if not 0 <= token < vocab), None):
             raise LoadstoneError(f"token {wrong} is outside the model's vocabulary of {vocab}: another tokenizer's?")
+        if self.n_tokens is not None and self.n_tokens < 1:
+            raise LoadstoneError("n_tokens must be 1 or more: at least one token must be left to choose.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise LoadstoneError(f"the seed must be from 0 to 2**63 - 1, found {self.seed}.")
         if self.session and len(prompts) > 1:
             raise LoadstoneError("a session goes on with one prompt, not with a batch.")
 
@@ -136,7 +140,8 @@ class Stream:
         """How many of the prompt's tokens the session holds already (never the last: its logits are due)."""
         pairs = enumerate(zip(session.ids, row[:-1], strict=False))
         known = next((i for i, (held, wanted) in pairs if held != wanted), min(len(session.ids), len(row) - 1))
-        session.cache.lengths = [known]
+        # What lies beyond is overwritten from now on, so it is forgotten first, lest an interruption leave it named.
+        session.cache.lengths, session.ids = [known], session.ids[:known]
         return known
 
     def _choose(self, logits_BV: Tensor) -> list[int | None]:
@@ -171,6 +176,8 @@ class Stream:
         held = self.cache.lengths
         grows = [not r.finish and n < self.context for r, n in zip(self.results, held, strict=True)]
         self.cache.lengths = [min(n, self.cache.size - 1) for n in held]
+        if not any(grows):
+            return torch.stack([self._slide(row) for row in range(len(held))])
         newest = torch.tensor([ids[-1:] for ids in self.history], device=self.cache.kv.device)
         logits_BV = self.model.logits(self.model.hidden(newest, self.cache)[:, -1])
         self.cache.lengths = [n + grow for n, grow in zip(held, grows, strict=True)]
@@ -181,6 +188,8 @@ class Stream:
 
     def _slide(self, row: int) -> Tensor:
         """The window is full: read the last half context again from position 0, for this row alone."""
+        if self.session:
+            self.session.ids = []
         tail = self.history[row][-max(self.context // 2, 1) :]
         alone = self.model.new_cache(1, self.cache.size)
         x_BTC = self.model.hidden(torch.tensor([tail], device=alone.kv.device), alone)
@@ -201,6 +210,8 @@ class Text:
     """Text of one row as it grows: whole characters only, held back while it could be the beginning of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        if not all(stop):
+            raise LoadstoneError("a stop text must not be empty.")
         self._decoder, self._stop = tokenizer.decode_stream(), stop
         self._held = ""
         self.stopped = False
@@ -255,7 +266,7 @@ def stream_text(
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "overflow": overflow, "session": session}
     # Not a generator itself: what is wrong with a request is raised here, not at the first piece.
-    return _pieces(Stream(model, [ids], **_for_text(tokenizer, options, sampling)), Text(tokenizer, stop))
+    return _pieces(Stream(model, [ids], **_for_text(model, tokenizer, options, sampling)), Text(tokenizer, stop))
 
 
 def _pieces(steps: Stream, text: Text) -> Iterator[str]:
@@ -290,7 +301,7 @@ def generate_texts(
     """Continue several prompts as one batch, each as it would be alone; see `stream_text` for the options."""
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "overflow": overflow}
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = Stream(model, ids, **_for_text(tokenizer, options, sampling))
+    steps = Stream(model, ids, **_for_text(model, tokenizer, options, sampling))
     texts, completions = [Text(tokenizer, stop) for _ in prompts], [Completion() for _ in prompts]
     for tokens in steps:
         for text, completion, token in zip(texts, completions, tokens, strict=True):
@@ -303,9 +314,10 @@ def generate_texts(
     return completions
 
 
-def _for_text(tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
-    """`Stream`'s options, with what the tokenizer knows: the end tokens, and where padding of the vocabulary begins."""
-    known = {"stop_ids": tokenizer.eos_ids, "n_tokens": tokenizer.vocab_size}
+def _for_text(model: GPT, tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    """`Stream`'s options, with the end tokens (config's and tokenizer's) and where padding of the vocabulary begins."""
+    ends = {*tokenizer.eos_ids, *model.config.eos_ids}
+    known = {"stop_ids": ends, "n_tokens": min(tokenizer.vocab_size, model.config.vocab_size)}
     return options | known | {"sampling": Sampling(**sampling)}
 
 

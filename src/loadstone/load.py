@@ -75,7 +75,7 @@ def load(
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Returns (model in eval mode, tokenizer or None if none was found).
-    Raises PlanError if a tensor is missing, unused, mismatched or claimed twice; then nothing was allocated.
+    Raises PlanError if a tensor is missing, unused, mismatched or claimed twice; then no parameter was allocated.
     """
     identity = open_source(source, **options)
     model = load_model(identity, dtype=dtype, device=device, progress=progress)
@@ -94,10 +94,12 @@ def load_model(
 
     from .model import GPT
 
-    settle_tie(identity)
     plan, checkpoint = identity.plan, identity.checkpoint
     plan.require_clean(str(checkpoint.path))
     target_type = _target_dtype(identity, dtype)
+    _check_device(device)
+    settle_tie(identity)
+    plan = identity.plan
     with torch.device("meta"):
         model = GPT(identity.config)
     total, done = sum(checkpoint.info(step.source).nbytes for step in plan.steps), 0
@@ -190,7 +192,11 @@ class ModuleCheckpoint(Checkpoint):
             key = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if tensor.numel() and seen.setdefault(key, name) != name:
                 self.aliases[name] = seen[key]
-        if to_dict := getattr(getattr(module, "config", None), "to_dict", None):
+        from .config import GPTConfig
+
+        if isinstance(config := getattr(module, "config", None), GPTConfig):
+            self.metadata["config"] = config
+        elif to_dict := getattr(config, "to_dict", None):
             self.metadata["hf_config"] = to_dict()
 
     @property
@@ -223,15 +229,6 @@ def _target_dtype(identity: Identity, wanted: str | torch.dtype) -> torch.dtype:
     """The one floating type that the model will have. Raises PlanError for an unknown name or integer weights."""
     import torch
 
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    if wanted != "auto":
-        found = getattr(torch, wanted, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise PlanError(
-                f"dtype {wanted!r} is no floating type of torch; use float32, bfloat16 or float16, or auto."
-            )
-        return found
     widest: torch.dtype | None = None
     for step in identity.plan.steps:
         # Blocks (Q4_1, ...) are read as float32; fp8 has too few bits to compute in.
@@ -243,7 +240,23 @@ def _target_dtype(identity: Identity, wanted: str | torch.dtype) -> torch.dtype:
                 "Quantised PyTorch checkpoints cannot be read; a GGUF of the same model can."
             )
         widest = stored if widest is None else torch.promote_types(widest, stored)
-    return widest or torch.float32
+    if wanted == "auto":
+        return widest or torch.float32
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise PlanError(f"dtype {wanted} is not supported; use auto, float32, bfloat16, float16 or float64.")
+    return found
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Find out before anything is loaded. Raises PlanError if torch does not know the device or has no such thing."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlanError(f"device {str(device)!r} cannot be used here: {reason} `--device cpu` always can.") from None
 
 
 def _assign(model: GPT, name: str, tensor: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from .config import GPTConfig, Rope
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once.
+    """Keys and values of every layer, allocated once (or, with `allocate`, in doublings from so many slots on).
 
     Rows may have different lengths. A row's tokens lie at slots 0 .. length-1, at their own positions; what lies beyond
     is garbage that no query can see (a key at slot s is visible from position p only if s <= p) and that the row's next
@@ -38,14 +38,24 @@ class KVCache:
         batch: int = 1,
         length: int | None = None,
         *,
+        allocate: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.size = min(length or config.context_length, config.context_length)
-        shape = (config.n_layers, 2, batch, config.n_kv_heads, self.size, config.head_dim)
+        self.size = config.context_length if length is None else min(length, config.context_length)
+        slots = self.size if allocate is None else min(allocate, self.size)
+        shape = (config.n_layers, 2, batch, config.n_kv_heads, slots, config.head_dim)
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN is NaN.
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)  # [layers, 2, B, K, size, D]
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)  # [layers, 2, B, K, slots, D]
         self.lengths = [0] * batch
+
+    def reserve(self, end: int) -> None:
+        """Make room up to slot `end`, doubling: for a conversation, whose length nobody knows beforehand."""
+        slots = self.kv.shape[4]
+        if end > slots:
+            grown = self.kv.new_zeros((*self.kv.shape[:4], min(max(end, 2 * slots), self.size), self.kv.shape[5]))
+            grown[:, :, :, :, :slots] = self.kv
+            self.kv = grown
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Write this call's keys and values; return all that the queries may attend to, both [B, K, S, D]."""
@@ -263,6 +273,8 @@ class GPT(nn.Module):
         starts = cache.lengths if cache else [0] * B
         limit = cache.size if cache else self.config.context_length
         positions = Positions(self.config, starts, T, limit, like=self.tok_emb.weight)
+        if cache:
+            cache.reserve(positions.end)
         x_BTC = self.tok_emb(ids_BT)
         if self.pos_emb is not None:
             x_BTC = x_BTC + self.pos_emb(positions.ids_BT)
@@ -280,7 +292,7 @@ class GPT(nn.Module):
         """Token ids [B, T] -> logits [B, T, V] for the token after each."""
         return self.logits(self.hidden(ids_BT, cache))
 
-    def new_cache(self, batch: int = 1, length: int | None = None) -> KVCache:
+    def new_cache(self, batch: int = 1, length: int | None = None, *, allocate: int | None = None) -> KVCache:
         """An empty cache of the model's type, on its device; `length` slots, the whole context if not given."""
         weight = self.tok_emb.weight
-        return KVCache(self.config, batch, length, dtype=weight.dtype, device=weight.device)
+        return KVCache(self.config, batch, length, allocate=allocate, dtype=weight.dtype, device=weight.device)

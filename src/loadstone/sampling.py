@@ -5,6 +5,7 @@ The order is transformers': penalty, temperature, top-k, top-p, min-p; each filt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,11 +29,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, good, range_ in (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
         ):
             if not good:
                 raise LoadstoneError(f"{name} must be {range_}, found {value}.")
@@ -50,11 +51,19 @@ def choose(
         generators: one source of randomness per row, so that a row draws the same in a batch as alone.
     """
     scores = logits_BV.float()
+    highest = scores.amax(dim=-1, keepdim=True)
+    if not torch.isfinite(highest).all():
+        raise LoadstoneError(
+            "the model gives no finite score for the next token: its weights or its config are broken. "
+            "`loadstone verify` tells which."
+        )
     if sampling.repetition_penalty != 1.0:
         scores = penalise(scores, histories, sampling.repetition_penalty)
+        highest = scores.amax(dim=-1, keepdim=True)
     if sampling.temperature == 0:
         return [int(token) for token in scores.argmax(dim=-1)]
-    probabilities = keep(scores / sampling.temperature, sampling).softmax(dim=-1)
+    # Below the highest score, so that a temperature near 0 makes -inf and not inf.
+    probabilities = keep((scores - highest) / sampling.temperature, sampling).softmax(dim=-1)
     return [
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class VerifyReport:
     """All checks of one source, and the counts. `ok` is False if any check failed."""
 
     checks: list[Check] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     loss: float | None = None
 
@@ -76,15 +78,17 @@ def verify(
         against: `transformers` (the same source, read by transformers) or `transformers:PATH`; needs that package.
         progress: called with (steps done, steps in all) during the structure check.
     """
-    report = VerifyReport(counts=count_parameters(identity, model))
-    report.checks += [_check_sources(identity, model, progress), _check_finite(model)]
-    if tokenizer is None:
-        report.checks.append(Check("loss on English", None, "no tokenizer was found, so no text can be scored"))
+    reference = _reference(identity, model, against) if against else None
+    report = VerifyReport(assumed=identity.assumed, counts=count_parameters(identity, model))
+    report.checks += [_check_sources(identity, model, progress), _check_finite(model), _check_runs(model)]
+    if tokenizer is None or identity.config.context_length < 2:
+        reason = "no tokenizer was found" if tokenizer is None else "the context is 1"
+        report.checks.append(Check("loss on English", None, f"{reason}, so no text can be scored"))
     else:
         report.loss = english_loss(model, tokenizer)
         report.checks.append(judge_loss(report.loss, identity.config.vocab_size))
-    if against:
-        report.checks += _against_transformers(identity, model, against)
+    if reference:
+        report.checks += compare_logits(model, reference, check_lengths(identity.config.context_length))
     return report
 
 
@@ -141,8 +145,17 @@ def _check_finite(model: GPT) -> Check:
 
 
 @torch.inference_mode()
+def _check_runs(model: GPT) -> Check:
+    """Weights may be right and the config wrong: a few tokens must come through with finite scores."""
+    ids = torch.arange(min(8, model.config.vocab_size, model.config.context_length))[None]
+    if bool(torch.isfinite(model(ids.to(model.tok_emb.weight.device))).all()):
+        return Check("runs", True, f"{ids.numel()} tokens give finite logits")
+    return Check("runs", False, "logits are NaN or infinite")
+
+
+@torch.inference_mode()
 def english_loss(model: GPT, tokenizer: Tokenizer) -> float:
-    """Mean cross-entropy in nats per token over a fixed English text (cut at the context)."""
+    """Mean cross-entropy in nats per token over a fixed English text (cut at the context, which must exceed 1)."""
     ids = torch.tensor([tokenizer.encode(ENGLISH)[: model.config.context_length]], device=model.tok_emb.weight.device)
     return float(F.cross_entropy(model(ids)[0, :-1].float(), ids[0, 1:]))
 
@@ -153,7 +166,7 @@ def judge_loss(loss: float, vocab_size: int) -> Check:
     perplexity = math.exp(min(loss, 700))
     text = f"{loss:.2f} nats a token (perplexity {perplexity:.0f}; guessing gives ln {vocab_size} = {guess:.2f})"
     if not math.isfinite(loss) or loss > 1.05 * guess:
-        return Check("loss on English", False, f"{text}: broken, worse than guessing")
+        return Check("loss on English", False, f"{text}: broken (worse than guessing), or not a model of English")
     if loss > 0.8 * guess:
         return Check("loss on English", None, f"{text}: untrained, or not a model of English")
     return Check("loss on English", True, f"{text}: a trained model")
@@ -192,22 +205,28 @@ def check_lengths(context_length: int) -> list[int]:
     return sorted({length for length in (1, 7, 64, limit) if length <= limit})
 
 
-def _against_transformers(identity: Identity, model: GPT, against: str) -> list[Check]:
-    program, _, named = against.partition(":")
-    if program != "transformers":
-        raise LoadstoneError(f"--against {against!r}: this version compares with transformers or transformers:PATH.")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return [Check("logits of transformers", None, 'transformers is not installed (pip install "transformers>=5")')]
+def check_reference(against: str) -> None:
+    """Raise LoadstoneError for a reference that cannot be had; called before anything is loaded."""
+    if against.partition(":")[0] != "transformers":
+        raise LoadstoneError(f"--against {against}: this version compares with transformers or transformers:PATH.")
+    if find_spec("transformers") is None:
+        raise LoadstoneError('--against transformers: the package is not installed (pip install "transformers>=5").')
+
+
+def _reference(identity: Identity, model: GPT, against: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same source, or the named one, as transformers loads it. Raises LoadstoneError if it cannot."""
+    check_reference(against)
+    from transformers import AutoModelForCausalLM
+
+    named = against.partition(":")[2]
     path = Path(named) if named else identity.checkpoint.path
-    folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    if path.is_file() and identity.checkpoint.format != "gguf":
-        options = {}
+    is_gguf = path.is_file() and path.suffix == ".gguf" if named else identity.checkpoint.format == "gguf"
+    options = {"gguf_file": path.name} if is_gguf else {}
     try:
-        dtype = model.tok_emb.weight.dtype
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reference = AutoModelForCausalLM.from_pretrained(
+            path if path.is_dir() else path.parent, dtype=model.tok_emb.weight.dtype, local_files_only=True, **options
+        ).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        return [Check("logits of transformers", None, f"transformers cannot read {path}: {reason}")]
-    return compare_logits(model, lambda ids: reference(ids).logits, check_lengths(identity.config.context_length))
+        raise LoadstoneError(f"{path}: transformers cannot read it, so there is nothing to compare: {reason}") from None
+    return lambda ids: reference(ids).logits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import dialects
 from loadstone.checkpoint.base import TensorInfo
 from loadstone.config import GPTConfig, Rope
 from loadstone.config.others import LLAMA_FIELDS
-from loadstone.errors import ConfigError, PlanError
+from loadstone.errors import ConfigError, LoadstoneError, PlanError
 from loadstone.load import load_model, open_source
 from loadstone.weightmap import identify, make_plan
 from loadstone.weightmap.llama import HF as LLAMA_HF
@@ -171,14 +173,19 @@ def test_only_the_head_is_stored() -> None:
 
 def test_inferred_values_are_reported_as_such() -> None:
     identity = open_source(MemoryCheckpoint(GPT2))
-    assert identity.config_source == "inferred from shapes"
-    assert identity.assumed[0].startswith("n_heads = ")
-    assert open_source(MemoryCheckpoint(GPT2), config=HEADS).assumed == []
+    assert identity.config_source == "the tensors' shapes (inferred)"
+    assert [line.split(" ")[0] for line in identity.assumed] == ["n_heads", "activation"]
+    known = HEADS | {"activation": "gelu_tanh"}
+    assert open_source(MemoryCheckpoint(GPT2), config=known).assumed == []
+    raschka = MemoryCheckpoint(dialects.gpt2_raschka(GPT2))
+    assert [line.split(" ")[0] for line in open_source(raschka).assumed] == ["n_heads"]
 
 
 def test_published_widths_know_their_head_counts() -> None:
     wide = dialects.gpt2_hf(vocab=11, context=8, width=1280, layers=1)
-    assert open_source(MemoryCheckpoint(wide)).config.n_heads == 20
+    identity = open_source(MemoryCheckpoint(wide))
+    assert identity.config.n_heads == 20
+    assert "n_heads = 20" in identity.assumed[0]  # still a guess: the width alone proves nothing
 
 
 def test_raschka_without_query_biases() -> None:
@@ -205,3 +212,77 @@ def test_a_70b_header_is_planned_in_a_blink() -> None:
     assert time.perf_counter() - began < 2
     assert plan.clean
     assert len(plan.steps) == 723
+
+
+# --- configs and headers that contradict each other
+
+
+def test_a_refused_config_is_not_hidden_behind_another_dialect(tmp_path: Path) -> None:
+    """nanoGPT's table has HuggingFace's names: it must not take over a file whose config.json is refused."""
+    config = {"model_type": "gpt2", "vocab_size": 101, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    checkpoint = MemoryCheckpoint(GPT2, path=tmp_path / "model.safetensors")
+    for extra, text in (
+        ({"alibi": True, "b": 1}, "alibi = True, b = 1.*--ignore-config alibi --ignore-config b"),
+        ({"n_head": 5}, r"config.json: d_model 32 is not a multiple of n_heads 5"),
+        ({"n_layer": 10**9}, "config.json says 1,000,000,000 layers, but the file has only 40 tensors"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | extra))
+        with pytest.raises(ConfigError, match=text):
+            identify(checkpoint)
+    assert identify(checkpoint, ignore_config=["alibi"], overrides={"n_layers": 3}).plan.clean is True
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="expected a JSON object, found list"):
+        identify(checkpoint)
+
+
+def test_nanogpt_arguments_with_an_unknown_key_say_so() -> None:
+    arguments = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 40, "vocab_size": 101, "moe": 8}
+    checkpoint = MemoryCheckpoint(dialects.gpt2_nanogpt(GPT2), metadata={"model_args": arguments})
+    with pytest.raises(ConfigError, match="model_args: moe = 8"):
+        identify(checkpoint)
+    assert identify(checkpoint, ignore_config=["moe"]).config.activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("wte.weight", (5, 0)), ("wpe.weight", ()), ("h.0.mlp.c_fc.weight", (0, 7)), ("h.0.ln_1.bias", ())],
+)
+def test_shapes_that_cannot_be_are_problems_not_crashes(name: str, shape: tuple[int, ...]) -> None:
+    checkpoint = MemoryCheckpoint(GPT2 | {name: np.zeros(shape, np.float32)})
+    with pytest.raises(LoadstoneError):
+        open_source(checkpoint).plan.require_clean("file")
+
+
+@pytest.mark.parametrize("name", ["layers.0.attention.wq.weight", "tok_embeddings.weight"])
+def test_scalars_in_a_llama_are_problems_not_crashes(name: str) -> None:
+    checkpoint = MemoryCheckpoint(dialects.llama_meta() | {name: np.zeros((), np.float32)})
+    with pytest.raises(LoadstoneError):
+        open_source(checkpoint).plan.require_clean("file")
+
+
+def test_a_tied_models_head_of_another_shape_is_a_mismatch() -> None:
+    tensors = GPT2 | {"lm_head.weight": np.zeros((50, 32), np.float32)}
+    plan = open_source(MemoryCheckpoint(tensors), config=HEADS | {"tied": True}).plan
+    assert [(m.source, m.found) for m in plan.mismatched] == [("lm_head.weight", (50, 32))]
+
+
+def test_another_dialects_names_are_told() -> None:
+    with pytest.raises(PlanError, match="the names are not raschka's; they are those of gpt2/hf, gpt2/nanogpt"):
+        identify(MemoryCheckpoint(GPT2), dialect="raschka")
+    with pytest.raises(PlanError, match="a LoRA adapter"):
+        identify(MemoryCheckpoint({"base.q.lora_A.weight": np.zeros((2, 2)), "base.q.lora_B.weight": np.zeros((2, 2))}))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_our_own_state_dict_and_our_own_model_are_read_back(kind: str) -> None:
+    tensors = GPT2 if kind == "gpt2" else dialects.llama_meta()
+    options = HEADS if kind == "gpt2" else {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2}
+    model = load_model(open_source(MemoryCheckpoint(tensors), config=options))
+    parameters = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    saved = open_source(MemoryCheckpoint(parameters), config=options)
+    assert saved.weight_map.name == f"{kind}/loadstone"
+    assert saved.config == model.config
+    live = open_source(model)
+    assert (live.config, live.config_source) == (model.config, "the model itself")
+    again = load_model(live)
+    assert all(np.array_equal(parameters[name], p.detach().numpy()) for name, p in again.named_parameters())

@@ -108,7 +108,10 @@ def test_all_gpt2_dialects_load_to_the_same_bits() -> None:
     assert all(same(states[0], other) for other in states[1:])
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+FOREIGN = [table for table in TABLES if table.dialect != "loadstone"]
+
+
+@pytest.mark.parametrize("table", FOREIGN, ids=lambda table: table.name)
 def test_a_table_read_backwards_writes_the_dialect(table: WeightMap) -> None:
     """Export is the inverse of import: the model's parameters give back the very tensors."""
     checkpoint = (gpt2_checkpoint if table.architecture == "gpt2" else llama_checkpoint)(table.dialect)

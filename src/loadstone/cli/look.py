@@ -96,6 +96,8 @@ def plan(
         print(f"  {tie_text(identity)}")
         for name, reason in identity.plan.ignored.items() if every else ():
             print(f"  {visible(name)}: left aside, {reason}")
+        for line in identity.assumed:
+            print(f"  assumed: {line}")
         for problem in identity.plan.problems():
             print(f"PROBLEM: {visible(problem)}")
         print("clean: nothing missing, nothing unused" if identity.plan.clean else "not loadable as it is")
@@ -118,6 +120,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Load it and prove it: every parameter equals its source, counts, loss on English, logits of a reference."""
+    if against:
+        from ..verify import check_reference
+
+        check_reference(against)
     identity, model, tokenizer = load_with(source, dtype, device, revision, dialect, sets, ignore, ignore_config)
     from ..verify import verify as run
 
@@ -133,6 +139,6 @@ def verify(
         print(f"     {counts['parameters']:,} parameters; {counts[untied]:,} if the head were a copy of the embedding")
         if others := counts["not_parameters_in_file"]:
             print(f"     {others:,} elements in the file are no parameters")
-        print("verified" if report.ok else "NOT verified")
+        print(("verified" + (", with assumptions" if report.assumed else "")) if report.ok else "NOT verified")
     if not report.ok:
         raise typer.Exit(1)

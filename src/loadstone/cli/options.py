@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,8 +102,8 @@ def config_fields(sets: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise LoadstoneError(f"--set {item}: expected FIELD=VALUE, for example --set n_heads=12.")
         try:
-            parsed = json.loads(value)
-        except ValueError:
+            parsed = json.loads(value.lower() if value.lower() in ("true", "false", "null") else value)
+        except (ValueError, RecursionError):
             parsed = value
         found[field] = tuple(parsed) if isinstance(parsed, list) else parsed
     return found
@@ -123,4 +124,14 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """Strict JSON, in ASCII: no NaN, and nothing that a terminal's encoding or a lone surrogate could break."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, which is what JSON has."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

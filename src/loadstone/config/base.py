@@ -38,6 +38,27 @@ class Rope:
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None means 0.1 ln(factor) + 1
     factors: tuple[float, ...] = ()  # "factors": one divisor per frequency (GGUF's rope_freqs.weight)
 
+    def __post_init__(self) -> None:
+        if self.scaling not in ROPE_SCALINGS:
+            raise ConfigError(f"rope scaling {self.scaling!r} is not supported; known: {', '.join(ROPE_SCALINGS)}.")
+        relative = self.scaling in ("llama3", "yarn")
+        for name, good, range_ in (
+            ("theta", _positive(self.theta) and self.theta != 1, "a positive number other than 1"),
+            ("factor", _positive(self.factor), "a positive number"),
+            ("original_context", not relative or _positive(self.original_context), "1 or more"),
+            ("low_freq_factor", _positive(self.low_freq_factor), "a positive number"),
+            ("high_freq_factor", _positive(self.high_freq_factor - self.low_freq_factor), "above low_freq_factor"),
+            ("beta_fast", _positive(self.beta_fast), "a positive number"),
+            ("beta_slow", _positive(self.beta_slow), "a positive number"),
+            ("factors", all(map(_positive, self.factors)), "positive numbers"),
+        ):
+            if not good:
+                raise ConfigError(f"rope {name} must be {range_}, found {getattr(self, name)!r}.")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -84,20 +105,38 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, found {value!r}.")
+        self._check_types()
         self._check()
+
+    def _check_types(self) -> None:
+        flags = ("gated_mlp", "qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias", "tied")
+        ids = (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))) if self._is_ids() else (None,)
+        for name, good, wanted in (
+            *((flag, isinstance(getattr(self, flag), bool), "true or false") for flag in flags),
+            ("rope", self.rope is None or isinstance(self.rope, Rope), "a Rope or null"),
+            ("eos_ids", self._is_ids(), "a list of token ids"),
+            ("bos_id", all(type(token) is int and token >= 0 for token in ids), "a token id or null, as eos_ids"),
+            ("norm_eps", _positive(self.norm_eps), "a positive number"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
+
+    def _is_ids(self) -> bool:
+        return isinstance(self.eos_ids, tuple)
 
     def _check(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.")
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"rotary embedding turns pairs: head_dim {self.head_dim} is odd.")
-        if not (isinstance(self.norm_eps, (int, float)) and math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise ConfigError(f"norm_eps must be a positive number, found {self.norm_eps!r}.")
-        scaling = self.rope.scaling if self.rope else "none"
+        if self.rope is not None and self.rope.scaling == "factors" and len(self.rope.factors) != self.head_dim // 2:
+            raise ConfigError(
+                f"heads of {self.head_dim} have {self.head_dim // 2} rotary frequencies, but {len(self.rope.factors)} "
+                "factors are given."
+            )
         for name, value, known in (
             ("norm", self.norm, NORMS),
             ("activation", self.activation, ACTIVATIONS),
-            ("rope scaling", scaling, ROPE_SCALINGS),
         ):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is not supported; known: {', '.join(known)}.")
@@ -105,7 +144,8 @@ class GPTConfig:
     def with_overrides(self, overrides: Mapping[str, Any]) -> GPTConfig:
         """A copy with some fields replaced. Derived fields that the caller does not name are derived anew.
 
-        Raises ConfigError for a name that is no field.
+        `rope` may be given as a mapping of `Rope`'s fields.
+        Raises ConfigError for a name that is no field and for values of the wrong kind.
         """
         known = {field.name for field in fields(self)}
         if unknown := sorted(set(overrides) - known):
@@ -113,7 +153,14 @@ class GPTConfig:
         derived: dict[str, int] = {}
         if {"n_heads", "d_model"} & set(overrides):
             derived = {"head_dim": 0} | ({"n_kv_heads": 0} if self.n_kv_heads == self.n_heads else {})
-        return replace(self, **(derived | dict(overrides)))
+        values = derived | dict(overrides)
+        if isinstance(rope := values.get("rope"), Mapping):
+            try:
+                values["rope"] = Rope(**rope)
+            except TypeError:
+                names = ", ".join(field.name for field in fields(Rope))
+                raise ConfigError(f"rope has the fields {names}; found {', '.join(map(str, rope))}.") from None
+        return replace(self, **values)
 
 
 def gpt2_config(d_model: int, n_layers: int, n_heads: int) -> GPTConfig:

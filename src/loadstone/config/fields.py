@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from .base import GPTConfig
 
 
 class Fields:
@@ -18,10 +19,11 @@ class Fields:
     Args:
         values: the parsed config.
         where: file name or the like, for errors.
+        ignore: keys that the caller knows to be harmless.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+    def __init__(self, values: Mapping[str, Any], where: str, ignore: Iterable[str] = ()) -> None:
+        self.values, self.where, self.ignore = values, where, frozenset(ignore)
         self.seen: set[str] = set()
 
     def _get(self, key: str, default: Any, kinds: tuple[type, ...], kind_name: str) -> Any:
@@ -38,14 +40,24 @@ class Fields:
     def integer(self, key: str, default: Any = ...) -> Any:
         value = self._get(key, default, (int, float), "a whole number")
         if isinstance(value, float):
-            if not value.is_integer():
+            if not value.is_integer():  # NaN and infinity are none either
                 raise ConfigError(f"{self.where}: {key!r} should be a whole number, found {value!r}.")
             value = int(value)
         return value
 
+    def count(self, key: str, default: Any = ...) -> int:
+        """A whole number of at least 1."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise ConfigError(f"{self.where}: {key!r} should be 1 or more, found {value!r}.")
+        return int(value)
+
     def number(self, key: str, default: Any = ...) -> float:
         value = self._get(key, default, (int, float), "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{self.where}: {key!r} is too large a number.") from None
 
     def flag(self, key: str, default: Any = ...) -> bool:
         return bool(self._get(key, default, (bool,), "true or false"))
@@ -76,15 +88,26 @@ class Fields:
                 "so its answers would be wrong. Refused."
             )
 
-    def refuse_others(self, harmless: Iterable[str], ignore: Iterable[str] = ()) -> None:
-        """Raise ConfigError for fields that nobody looked at, unless null, false, harmless, or named by the caller."""
-        known = self.seen | set(harmless) | set(ignore)
-        unknown = [
-            key for key, value in self.values.items() if key not in known and value is not None and value is not False
-        ]
+    def build(self, **values: Any) -> GPTConfig:
+        """The config; what it finds contradictory is told with the name of the file."""
+        try:
+            return GPTConfig(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {error}") from None
+
+    def refuse_others(self, harmless: Iterable[str] = ()) -> None:
+        """Raise ConfigError for fields that nobody looked at, unless empty, false, harmless, or named by the caller."""
+        known = self.seen | set(harmless) | self.ignore
+        unknown = [key for key, value in self.values.items() if key not in known and not _is_off(value)]
         if unknown:
             listed = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unknown)
             raise ConfigError(
                 f"{self.where}: {listed}: not known here, and a field that changes the function must not be dropped "
-                f"silently. If you know it to be harmless, name it: --ignore-config {' '.join(unknown)}."
+                "silently. If you know it to be harmless, name it: "
+                + " ".join(f"--ignore-config {key}" for key in unknown)
             )
+
+
+def _is_off(value: Any) -> bool:
+    """A feature that is not there; 0 is a value like any other."""
+    return value is None or value is False or value in ("", [], {})

@@ -39,8 +39,8 @@ def from_gguf(
         raise ConfigError(f"{where}: general.architecture {architecture!r} is not supported; known: gpt2, llama.")
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    fields = Fields(own, f"{where} ({prefix}*)")
-    n_heads = fields.integer("attention.head_count")
+    fields = Fields(own, f"{where} ({prefix}*)", ignore)
+    n_heads = fields.count("attention.head_count")
     sizes: dict[str, Any] = {
         "architecture": architecture,
         "vocab_size": facts["vocab_size"],
@@ -56,16 +56,16 @@ def from_gguf(
     for expert_key in ("expert_count", "expert_used_count"):
         fields.must_be(expert_key, 0, None)
     if architecture == "gpt2":
-        config = GPTConfig(**sizes, norm_eps=fields.number("attention.layer_norm_epsilon", 1e-5))
+        config = fields.build(**sizes, norm_eps=fields.number("attention.layer_norm_epsilon", 1e-5))
     else:
         head_dim = fields.integer("attention.key_length", 0)
         fields.must_be("attention.value_length", head_dim, None)
-        rope = _rope(fields, rope_factors)
+        rope = _rope(fields, rope_factors, sizes["context_length"])
         # Every dimension of a head is turned; partial rotary is another family's.
         fields.must_be("rope.dimension_count", head_dim or sizes["d_model"] // n_heads, None)
         eps = fields.number("attention.layer_norm_rms_epsilon", 1e-5)
-        config = GPTConfig(**(LLAMA_FIELDS | sizes), head_dim=head_dim, norm_eps=eps, rope=rope)
-    fields.refuse_others(HARMLESS, ignore)
+        config = fields.build(**(LLAMA_FIELDS | sizes), head_dim=head_dim, norm_eps=eps, rope=rope)
+    fields.refuse_others(HARMLESS)
     return config
 
 
@@ -75,11 +75,11 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"bos_id": bos[0] if bos else None, "eos_ids": fields.ids("tokenizer.ggml.eos_token_id")}
 
 
-def _rope(fields: Fields, factors: tuple[float, ...]) -> Rope:
+def _rope(fields: Fields, factors: tuple[float, ...], context: int) -> Rope:
     theta = fields.number("rope.freq_base", 10_000.0)
     kind = fields.text("rope.scaling.type", "none")
     factor = fields.number("rope.scaling.factor", 1.0)
-    original = fields.integer("rope.scaling.original_context_length", 0)
+    original = fields.integer("rope.scaling.original_context_length", context)
     if factors:
         # Llama 3's converter folds its scaling into this tensor and leaves the type out.
         if kind not in ("none", "llama3"):

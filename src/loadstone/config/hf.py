@@ -29,7 +29,9 @@ HARMLESS = frozenset(
     summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version
     unsloth_version unsloth_fixed use_cache attention_dropout hidden_dropout output_attentions output_hidden_states
     return_dict return_dict_in_generate do_sample temperature top_k top_p num_return_sequences repetition_penalty
-    _attn_implementation _attn_implementation_autoset""".split()
+    num_beams num_beam_groups length_penalty diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    min_length typical_p prefix early_stopping bad_words_ids exponential_decay_length_penalty _attn_implementation
+    _attn_implementation_autoset""".split()
 )
 
 
@@ -39,13 +41,13 @@ def from_hf(values: Mapping[str, Any], where: str = "config.json", ignore: Itera
     Raises ConfigError for an unsupported model type, a missing field, and any field that would change the function
     but is not handled; `ignore` names fields that the caller knows to be harmless.
     """
-    fields = Fields(values, where)
+    fields = Fields(values, where, ignore)
     model_type = fields.text("model_type")
     reader = READERS.get(model_type)
     if reader is None:
         raise ConfigError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(READERS)}.")
     config = reader(fields)
-    fields.refuse_others(HARMLESS, ignore)
+    fields.refuse_others(HARMLESS)
     return config
 
 
@@ -68,7 +70,7 @@ def _gpt2(fields: Fields) -> GPTConfig:
     fields.must_be("scale_attn_by_inverse_layer_idx", False)
     fields.must_be("add_cross_attention", False)
     d_model = fields.integer("n_embd")
-    return GPTConfig(
+    return fields.build(
         vocab_size=fields.integer("vocab_size"),
         context_length=context,
         d_model=d_model,
@@ -89,7 +91,7 @@ def _llama(fields: Fields) -> GPTConfig:
     n_heads = fields.integer("num_attention_heads")
     bias = fields.flag("attention_bias", False)
     context = fields.integer("max_position_embeddings", 2048)
-    return GPTConfig(
+    return fields.build(
         architecture="llama",
         vocab_size=fields.integer("vocab_size"),
         context_length=context,
@@ -117,10 +119,9 @@ def _rope(fields: Fields, context: int) -> Rope:
     """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     theta = fields.number("rope_theta", 10_000.0)
     table = {**fields.table("rope_scaling"), **fields.table("rope_parameters")}
-    inner = Fields(table, f"{fields.where}: rope scaling")
-    kind = inner.text("rope_type", None if "type" in table else "default")
-    if "type" in table:
-        kind = inner.text("type")
+    inner = Fields(table, f"{fields.where}: rope scaling", fields.ignore)
+    older = inner.text("type", "default")  # transformers 4's first name for it; the newer one wins
+    kind = inner.text("rope_type", older)
     inner.must_be("partial_rotary_factor", 1, 1.0)
     common: dict[str, Any] = {"theta": inner.number("rope_theta", theta)}
     original = inner.integer("original_max_position_embeddings", context)
@@ -140,7 +141,7 @@ def _rope(fields: Fields, context: int) -> Rope:
                     attention_factor=attention)  # fmt: skip
     else:
         raise ConfigError(f"{inner.where}: rope_type {kind!r} is not supported; known: default, linear, llama3, yarn.")
-    inner.refuse_others(())
+    inner.refuse_others()
     return rope
 
 

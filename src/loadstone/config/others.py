@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,11 @@ from .fields import Fields
 ENDOFTEXT = 50_256  # GPT-2's only special token; the programs here do not write it down
 
 
-def from_openai(values: Mapping[str, Any], where: str = "hparams.json") -> GPTConfig:
+def from_openai(values: Mapping[str, Any], where: str = "hparams.json", ignore: Iterable[str] = ()) -> GPTConfig:
     """OpenAI's GPT-2 (`src/model.py` of openai/gpt-2): five sizes, everything else fixed in its code."""
-    fields = Fields(values, where)
+    fields = Fields(values, where, ignore)
     vocab = fields.integer("n_vocab")
-    config = GPTConfig(
+    config = fields.build(
         vocab_size=vocab,
         context_length=fields.integer("n_ctx"),
         d_model=fields.integer("n_embd"),
@@ -25,16 +25,16 @@ def from_openai(values: Mapping[str, Any], where: str = "hparams.json") -> GPTCo
         n_heads=fields.integer("n_head"),
         **_endoftext(vocab),
     )
-    fields.refuse_others(())
+    fields.refuse_others()
     return config
 
 
-def from_nanogpt(values: Mapping[str, Any], where: str = "model_args") -> GPTConfig:
+def from_nanogpt(values: Mapping[str, Any], where: str = "model_args", ignore: Iterable[str] = ()) -> GPTConfig:
     """nanoGPT's `model_args` inside `ckpt.pt`. Its model uses the exact (erf) GELU, so that is what we run."""
-    fields = Fields(values, where)
+    fields = Fields(values, where, ignore)
     bias = fields.flag("bias", True)
     vocab = fields.integer("vocab_size", 50_304)
-    config = GPTConfig(
+    config = fields.build(
         vocab_size=vocab,
         context_length=fields.integer("block_size"),
         d_model=fields.integer("n_embd"),
@@ -51,15 +51,18 @@ def from_nanogpt(values: Mapping[str, Any], where: str = "model_args") -> GPTCon
     return config
 
 
-def from_meta(values: Mapping[str, Any], facts: Mapping[str, Any], where: str = "params.json") -> GPTConfig:
+def from_meta(
+    values: Mapping[str, Any], facts: Mapping[str, Any], where: str = "params.json", ignore: Iterable[str] = ()
+) -> GPTConfig:
     """Meta's `params.json` and llama2.c's `model_args`.
 
     Args:
         values: the parsed file. It may say `vocab_size: -1`, and gives the MLP width only as a recipe.
         facts: config fields that the tensors themselves show: `vocab_size`, `d_ff`, `tied`, ...
         where: for errors.
+        ignore: fields that the caller knows to be harmless.
     """
-    fields = Fields(values, where)
+    fields = Fields(values, where, ignore)
     n_heads = fields.integer("n_heads")
     if (said := fields.integer("vocab_size", -1)) not in (-1, facts["vocab_size"]):
         raise ConfigError(f"{where}: vocab_size is {said}, but the token embedding has {facts['vocab_size']} rows.")
@@ -68,7 +71,7 @@ def from_meta(values: Mapping[str, Any], facts: Mapping[str, Any], where: str = 
         # Llama 3.1's code fixes 8192, 1 and 4; the factor is 8 there and 32 for the small 3.2 models.
         factor = fields.number("rope_scaling_factor", 8.0)
         rope = replace(rope, scaling="llama3", factor=factor, original_context=8192)
-    config = GPTConfig(
+    config = fields.build(
         architecture="llama",
         vocab_size=facts["vocab_size"],
         # params.json does not record the context; llama2.c does. Llama 1 had 2048.

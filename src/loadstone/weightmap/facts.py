@@ -36,12 +36,13 @@ def read_facts(weight_map: WeightMap, shapes: Mapping[str, Shape]) -> dict[str, 
                 found = apply_shapes(rule.ops, [shapes[rule.source]], None)
             except ShapeError:
                 continue  # the plan reports this tensor as mismatched
-            targets |= dict(zip(rule.target, found, strict=True))
+            # Anything but a vector or matrix with elements says nothing; the plan reports it as mismatched.
+            targets |= {t: s for t, s in zip(rule.target, found, strict=True) if len(s) in (1, 2) and min(s) > 0}
     embedding = targets.get("tok_emb.weight") or targets.get("head.weight")
     if embedding is None or len(embedding) != 2:
         raise ConfigError(
             f"the names are those of {weight_map.name}, but its token embedding "
-            f"{weight_map.source_of('tok_emb.weight')} is not there as a matrix: the model's width is unknown."
+            f"{weight_map.source_of('tok_emb.weight')} is not there as a matrix with elements: the width is unknown."
         )
     block = "blocks.0."
     up = targets.get(f"{block}mlp.up.weight", (4, embedding[1]))
@@ -64,6 +65,8 @@ def read_facts(weight_map: WeightMap, shapes: Mapping[str, Shape]) -> dict[str, 
     return facts
 
 
+# Dialects whose program has one activation and one epsilon in its code, so that the dialect tells them.
+FIXED_BY_PROGRAM = ("openai", "raschka", "nanogpt")
 BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias")
 
 
@@ -71,13 +74,13 @@ def infer_config(weight_map: WeightMap, facts: Mapping[str, Any]) -> tuple[GPTCo
     """A config from shapes alone, and one sentence for each value that the shapes do not show."""
     assumed: list[str] = []
     d_model, rows = facts["d_model"], facts["q_rows"]
-    heads = HEADS_BY_WIDTH.get(d_model) if weight_map.architecture == "gpt2" else None
+    heads = HEADS_BY_WIDTH.get(d_model) if weight_map.architecture == "gpt2" and rows == d_model else None
     if heads is None:
-        head_dim = next((dim for dim in (64, 32, 16, 8) if rows % dim == 0 and facts["kv_rows"] % dim == 0), rows)
-        heads = rows // head_dim
-        assumed.append(
-            f"n_heads = {heads} (heads of {head_dim}; shapes do not show it: --set n_heads=N if it is other)"
-        )
+        usual = (128, 64) if d_model >= 4096 else (64, 32, 16, 8)
+        heads = rows // next((dim for dim in usual if rows % dim == 0 and facts["kv_rows"] % dim == 0), rows)
+    assumed.append(
+        f"n_heads = {heads} (heads of {rows // heads}; shapes do not show it: --set n_heads=N if it is other)"
+    )
     sizes: dict[str, Any] = {key: facts[key] for key in ("vocab_size", "d_model", "n_layers", "d_ff", "tied")}
     sizes |= {"architecture": weight_map.architecture, "n_heads": heads, "head_dim": rows // heads}
     if weight_map.architecture == "llama":
@@ -91,5 +94,7 @@ def infer_config(weight_map: WeightMap, facts: Mapping[str, Any]) -> tuple[GPTCo
         if weight_map.dialect == "nanogpt":
             sizes["activation"] = "gelu"
             assumed.append("activation = gelu (erf), as nanoGPT's model has it; OpenAI's weights want gelu_tanh")
+        elif weight_map.dialect not in FIXED_BY_PROGRAM:
+            assumed.append("activation = gelu_tanh, norm_eps = 1e-05 (GPT-2's; the file does not record them)")
     sizes |= {key: facts[key] for key in BIASES}
     return GPTConfig(**sizes), assumed

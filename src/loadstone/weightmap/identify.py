@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.base import Checkpoint
+from ..checkpoint.wording import few
 from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai
 from ..errors import ConfigError, LoadstoneError, PlanError
-from . import gpt2, llama
+from . import gpt2, llama, own
 from .facts import infer_config, read_facts
 from .plan import LoadPlan, make_plan, unwrap
 from .rules import WeightMap
 
-TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES
+TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES + own.TABLES
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Identity:
 
     Attributes:
         checkpoint, weight_map, config, plan: the four together.
-        config_source: the file or record that the config was read from, or "inferred from shapes".
+        config_source: the file or record that the config was read from, or that it was inferred from the shapes.
         assumed: values that nothing beside the weights told.
         tie_is_known: False if the head is stored and only comparing its bytes with the embedding's can tell whether
             the two are one.
@@ -80,8 +81,9 @@ def identify(
             best = found
         if found.plan.clean:
             break
-    if best is None:
-        raise failure or PlanError(_unknown_names(checkpoint))
+    if best is None or (failure and not best.plan.clean):
+        # A config that is refused must not be hidden behind a dialect of the same names whose plan has problems.
+        raise failure or PlanError(_unknown_names(checkpoint, dialect))
     return best
 
 
@@ -102,13 +104,20 @@ def _by_names(checkpoint: Checkpoint, tables: Iterable[WeightMap]) -> list[Weigh
     return [table for score, table in scores.values() if score == most]
 
 
-def _unknown_names(checkpoint: Checkpoint) -> str:
+def _unknown_names(checkpoint: Checkpoint, dialect: str | None) -> str:
     names = list(checkpoint.tensors)
+    if dialect and (others := _by_names(checkpoint, TABLES)):
+        return f"{checkpoint.path}: the names are not {dialect}'s; they are those of {few(t.name for t in others)}."
+    if any(".lora_A." in name for name in names):
+        return (
+            f"{checkpoint.path}: a LoRA adapter, which only changes a base model. Merge it into its base model first "
+            "(peft's merge_and_unload) and load the result."
+        )
     shown = ", ".join(names[:3]) if names else "none at all"
     return (
         f"{checkpoint.path}: the {len(names)} tensor names ({shown}{', ...' if len(names) > 3 else ''}) belong to no "
         f"known dialect ({', '.join(table.name for table in TABLES)}). Is this a GPT-2 or Llama checkpoint? "
-        "`loadstone inspect` lists every tensor; CONTRIBUTING.md shows how a dialect is added."
+        "`loadstone inspect --tensors` lists them; CONTRIBUTING.md shows how a dialect is added."
     )
 
 
@@ -133,6 +142,11 @@ def _with_table(
     if one_storage:
         config = config.with_overrides({"tied": True})
     config = config.with_overrides(overrides)
+    if config.n_layers > len(checkpoint.tensors):
+        raise ConfigError(
+            f"{checkpoint.path}: {source} says {config.n_layers:,} layers, but the file has only "
+            f"{len(checkpoint.tensors):,} tensors. One of the two belongs to another model."
+        )
     plan = make_plan(config, checkpoint.tensors, table, aliases=checkpoint.aliases, ignore=ignore)
     known = not twice or source == "config.json" or "tied" in overrides
     assumed = [line for line in assumed if line.split(" ")[0] not in overrides]
@@ -150,29 +164,41 @@ def _find_config(
 ) -> tuple[GPTConfig, str, list[str]]:
     """(config, where it was read, what was assumed): the dialect's own record first, shapes last."""
     metadata = checkpoint.metadata
+    if isinstance(own := metadata.get("config"), GPTConfig):
+        return own, "the model itself", []
     if table.dialect == "gguf":
-        factors = tuple(float(x) for x in checkpoint.read(ROPE_FREQS)) if ROPE_FREQS in checkpoint.tensors else ()
-        where = f"{checkpoint.path}"
+        factors, where = _rope_factors(checkpoint), f"{checkpoint.path}"
         return from_gguf(metadata, facts, rope_factors=factors, where=where, ignore=ignore), "GGUF metadata", []
     if table.dialect == "openai" and "hparams" in metadata:
-        return from_openai(metadata["hparams"]), "hparams.json", []
+        return from_openai(metadata["hparams"], f"{checkpoint.folder}/hparams.json", ignore), "hparams.json", []
     arguments = metadata.get("model_args")
     if isinstance(arguments, Mapping):
         if table.dialect == "nanogpt":
-            return from_nanogpt(arguments), "model_args in the checkpoint", []
+            return from_nanogpt(arguments, "model_args", ignore), "model_args in the checkpoint", []
         if table.dialect == "meta":
-            return from_meta(arguments, facts, "model_args"), "model_args in the checkpoint", []
+            return from_meta(arguments, facts, "model_args", ignore), "model_args in the checkpoint", []
     if table.dialect == "meta" and (values := _beside(checkpoint, "params.json")):
-        return from_meta(values, facts), "params.json", ["context_length (params.json does not record it)"]
+        config = from_meta(values, facts, f"{checkpoint.folder}/params.json", ignore)
+        return config, "params.json", [f"context_length = {config.context_length} (params.json does not record it)"]
     if table.dialect == "hf" and "hf_config" in metadata:
         return from_hf(metadata["hf_config"], "the module's config", ignore), "config.json", []
     if table.dialect == "hf" and (values := _beside(checkpoint, "config.json")):
         return from_hf(values, f"{checkpoint.folder}/config.json", ignore), "config.json", []
     config, assumed = infer_config(table, facts)
-    return config, "inferred from shapes", assumed
+    return config, INFERRED, assumed
 
 
+INFERRED = "the tensors' shapes (inferred)"
 ROPE_FREQS = "rope_freqs.weight"
+
+
+def _rope_factors(checkpoint: Checkpoint) -> tuple[float, ...]:
+    """Llama 3's rotary scaling, which its GGUF converter writes as a tensor."""
+    if ROPE_FREQS not in checkpoint.tensors:
+        return ()
+    if len(shape := checkpoint.info(ROPE_FREQS).shape) != 1:
+        raise ConfigError(f"{checkpoint.path}: {ROPE_FREQS} should be a vector, found {list(shape)}.")
+    return tuple(float(factor) for factor in checkpoint.read(ROPE_FREQS))
 
 
 def _beside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:

@@ -157,6 +157,8 @@ class RotaryHalves(Op):
         return array.reshape(heads, *split, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
     def shapes(self, shapes: Sequence[Shape], config: GPTConfig | None, *, inverse: bool = False) -> list[Shape]:
+        if not all(shapes):
+            raise ShapeError("rows")
         return list(shapes)
 
 

@@ -210,6 +210,9 @@ def _plan_head(
         _plan_step(plan, Rule(head, ("tok_emb.weight",)), head_name, tensors[head_name], {"tok_emb.weight": shape})
         return {head, embedding}
     embedding_name = header[embedding]
+    if tensors[head_name].shape != tensors[embedding_name].shape:
+        plan.mismatched.append(Mismatch(head_name, tensors[embedding_name].shape, tensors[head_name].shape))
+        return {head}
     if aliases.get(head_name) == embedding_name or aliases.get(embedding_name) == head_name:
         plan.tie = f"head is the embedding (tied); {head_name} and {embedding_name} are one storage"
     else:
