@@ -14,6 +14,7 @@ import typer
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
 from . import fetch, look, run
+from .options import spread
 
 app = typer.Typer(
     name="loadstone",
@@ -35,7 +36,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 
 for _verb in (look.inspect, look.plan, look.verify, run.generate, run.chat, fetch.pull):
-    app.command()(_verb)
+    app.command()(spread(_verb))
 
 
 def main() -> None:

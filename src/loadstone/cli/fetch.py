@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from .options import Json, Revision, Src, print_json
+from typing import Annotated
+
+import typer
+
+from .options import Json, Src, print_json
 
 
-def pull(source: Src, revision: Revision = None, as_json: Json = False) -> None:
+def pull(
+    source: Src,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
+    as_json: Json = False,
+) -> None:
     """Fetch a model now, so that it is there later without a network; prints where it lies."""
     from ..checkpoint.hub import pull as fetch
 

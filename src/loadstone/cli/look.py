@@ -8,32 +8,13 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from .options import (
-    Device,
-    Dialect,
-    Dtype,
-    Ignore,
-    IgnoreConfig,
-    Json,
-    Revision,
-    Sets,
-    Src,
-    config_fields,
-    load_with,
-    open_with,
-    print_json,
-    progress_bar,
-)
+from .options import Json, OpenOptions, RunOptions, Src, config_fields, print_json, progress_bar
 
 
 def inspect(
     source: Src,
+    options: OpenOptions,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
-    revision: Revision = None,
-    dialect: Dialect = None,
-    sets: Sets = None,
-    ignore: Ignore = None,
-    ignore_config: IgnoreConfig = None,
     as_json: Json = False,
 ) -> None:
     """What is this file? Format, dialect, architecture, sizes, types, ties, leftovers (reads the header only)."""
@@ -42,16 +23,10 @@ def inspect(
     from ..report import checkpoint_facts, identity_facts, inspect_lines
     from ..weightmap import identify
 
-    checkpoint = open_checkpoint(resolve(source, revision=revision))
+    checkpoint = open_checkpoint(resolve(source, revision=options.revision))
     identity, reason = None, ""
     try:
-        identity = identify(
-            checkpoint,
-            dialect=dialect,
-            overrides=config_fields(sets),
-            ignore=ignore or (),
-            ignore_config=ignore_config or (),
-        )
+        identity = identify(checkpoint, overrides=config_fields(options.sets), **options.as_arguments())
     except LoadstoneError as error:
         reason = str(error)
     if as_json:
@@ -73,18 +48,14 @@ def inspect(
 
 def plan(
     source: Src,
+    options: OpenOptions,
     every: Annotated[bool, typer.Option("--all", help="One line per tensor instead of one per kind.")] = False,
-    revision: Revision = None,
-    dialect: Dialect = None,
-    sets: Sets = None,
-    ignore: Ignore = None,
-    ignore_config: IgnoreConfig = None,
     as_json: Json = False,
 ) -> None:
     """How each tensor would enter the model (reads the header only). Status 1 if the plan has problems."""
     from ..report import identity_facts, plan_lines, plan_rows, tie_text
 
-    identity = open_with(source, revision, dialect, sets, ignore, ignore_config)
+    identity = options.open(source)
     rows = plan_rows(identity.plan, fold=not every)
     if as_json:
         print_json(identity_facts(identity) | {"steps": rows})
@@ -107,16 +78,10 @@ def plan(
 
 def verify(
     source: Src,
+    options: RunOptions,
     against: Annotated[
         str | None, typer.Option(help="Compare logits with: transformers (reading the same SRC), or transformers:PATH.")
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    revision: Revision = None,
-    dialect: Dialect = None,
-    sets: Sets = None,
-    ignore: Ignore = None,
-    ignore_config: IgnoreConfig = None,
     as_json: Json = False,
 ) -> None:
     """Load it and prove it: every parameter equals its source, counts, loss on English, logits of a reference."""
@@ -124,7 +89,7 @@ def verify(
         from ..verify import check_reference
 
         check_reference(against)
-    identity, model, tokenizer = load_with(source, dtype, device, revision, dialect, sets, ignore, ignore_config)
+    identity, model, tokenizer = options.load(source)
     from ..verify import verify as run
 
     with progress_bar("verifying") as progress:

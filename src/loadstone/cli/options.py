@@ -7,7 +7,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -26,63 +28,105 @@ Src = Annotated[
         "gpt2-xl, distilgpt2, smollm2), openai:124M, or a URL.",
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
-Dialect = Annotated[
-    str | None, typer.Option(help="Insist on a dialect: hf, openai, raschka, nanogpt, lesson, meta, gguf.")
-]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Config field that you know better.")
-]
-Ignore = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Tensor to leave out, by exact name.")]
-IgnoreConfig = Annotated[list[str] | None, typer.Option(metavar="FIELD", help="Unknown config field that is harmless.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy; above 1 is wilder, below 1 tamer.")]
-TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that hold this much probability.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Choose among tokens at least this many times as likely as the likeliest.")
-]
-Penalty = Annotated[float, typer.Option(help="Above 1 makes tokens less likely that were there before.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End when this text comes; it is not shown.")]
+Many = list[str] | None
+DIALECTS = "hf, openai, raschka, nanogpt, lesson, meta, gguf, loadstone"
 
 
-def open_with(
-    source: str,
-    revision: str | None,
-    dialect: str | None,
-    sets: list[str] | None,
-    ignore: list[str] | None,
-    ignore_config: list[str] | None,
-) -> Identity:
-    from ..load import open_source
+@dataclass
+class OpenOptions:
+    """How to read SRC: what `load.open_source` takes besides it."""
 
-    return open_source(
-        source,
-        revision=revision,
-        dialect=dialect,
-        config=config_fields(sets),
-        ignore=ignore or (),
-        ignore_config=ignore_config or (),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None
+    dialect: Annotated[str | None, typer.Option(help=f"Insist on a dialect: {DIALECTS}.")] = None
+    sets: Annotated[Many, typer.Option("--set", metavar="FIELD=VALUE", help="Config field that you know better.")] = (
+        None
     )
+    ignore: Annotated[Many, typer.Option(metavar="NAME", help="Tensor to leave out, by exact name.")] = None
+    ignore_config: Annotated[Many, typer.Option(metavar="FIELD", help="Unknown config field that is harmless.")] = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """For `identify` and, with `revision`, for `open_source`."""
+        return {"dialect": self.dialect, "ignore": self.ignore or (), "ignore_config": self.ignore_config or ()}
+
+    def open(self, source: str) -> Identity:
+        from ..load import open_source
+
+        return open_source(source, revision=self.revision, config=config_fields(self.sets), **self.as_arguments())
 
 
-def load_with(source: str, dtype: str, device: str, *options: Any) -> tuple[Identity, GPT, Tokenizer | None]:
-    """Open, plan and load with a progress bar; a plan with problems ends here."""
-    identity = open_with(source, *options)
-    identity.plan.require_clean(str(identity.checkpoint.path))
-    from ..load import load_model, load_tokenizer_for
+@dataclass
+class RunOptions(OpenOptions):
+    """How to read SRC and in which type and where to hold it."""
 
-    with progress_bar("loading") as progress:
-        model = load_model(identity, dtype=dtype, device=device, progress=progress)
-    tokenizer = load_tokenizer_for(identity)
-    for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
-        for line in lines:
-            print(f"{label}: {line}", file=sys.stderr)
-    return identity, model, tokenizer
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16 or float64.")] = "auto"
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu"
+
+    def load(self, source: str) -> tuple[Identity, GPT, Tokenizer | None]:
+        """Open, plan and load with a progress bar; a plan with problems ends here."""
+        identity = self.open(source)
+        identity.plan.require_clean(str(identity.checkpoint.path))
+        from ..load import load_model, load_tokenizer_for
+
+        with progress_bar("loading") as progress:
+            model = load_model(identity, dtype=self.dtype, device=self.device, progress=progress)
+        tokenizer = load_tokenizer_for(identity)
+        for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
+            for line in lines:
+                print(f"{label}: {line}", file=sys.stderr)
+        return identity, model, tokenizer
+
+
+@dataclass
+class TextOptions:
+    """How to generate: what `generate.stream_text` takes besides model, tokenizer and prompt."""
+
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 100
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 1 is wilder, below 1 tamer.")] = 0.8
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = 50
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest tokens that hold this much probability.")
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="Choose among tokens at least this many times as likely as the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens less likely that were there before.")
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None
+    stop: Annotated[Many, typer.Option(metavar="TEXT", help="End when this text comes; it is not shown.")] = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        return asdict(self) | {"stop": self.stop or ()}
+
+
+@dataclass
+class ChatOptions(TextOptions):
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of one answer.")] = 512
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Typer has no groups of options: a parameter that is a dataclass becomes one option per field."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters = []
+    for name, parameter in signature(command).parameters.items():
+        if name in groups:
+            kinds = get_type_hints(groups[name], include_extras=True)
+            found = [(field.name, kinds[field.name], field.default) for field in fields(groups[name])]
+        else:
+            found = [(name, hints[name], parameter.default)]
+        parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=kind) for n, kind, d in found]
+
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:

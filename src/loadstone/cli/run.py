@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import (
-    Device,
-    Dialect,
-    Dtype,
-    Ignore,
-    IgnoreConfig,
-    Json,
-    MaxNew,
-    MinP,
-    Penalty,
-    Revision,
-    Seed,
-    Sets,
-    Src,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    load_with,
-    need,
-    print_json,
-)
+from .options import ChatOptions, Json, RunOptions, Src, TextOptions, need, print_json
 
 
 def generate(
@@ -36,80 +15,48 @@ def generate(
     prompt: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="Text to continue; several run as one batch.")
     ],
-    max_new_tokens: MaxNew = 100,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    text: TextOptions,
+    options: RunOptions,
     overflow: Annotated[
         str, typer.Option(help="A prompt beyond the context: refuse, or window (keep its end).")
     ] = "refuse",
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    revision: Revision = None,
-    dialect: Dialect = None,
-    sets: Sets = None,
-    ignore: Ignore = None,
-    ignore_config: IgnoreConfig = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
-    _, model, tokenizer = load_with(source, dtype, device, revision, dialect, sets, ignore, ignore_config)
+    _, model, tokenizer = options.load(source)
     tokenizer = need(tokenizer, source)
     from ..generate import generate_texts, stream_text
 
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or (), "overflow": overflow,
-    }  # fmt: skip
+    arguments = text.as_arguments() | {"overflow": overflow}
     if len(prompt) == 1 and not as_json:
-        pieces = stream_text(model, tokenizer, prompt[0], **options)
+        pieces = stream_text(model, tokenizer, prompt[0], **arguments)
         print(prompt[0], end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
-    results = generate_texts(model, tokenizer, prompt, **options)
+    results = generate_texts(model, tokenizer, prompt, **arguments)
     if as_json:
         print_json([{"prompt": p, "text": r.text, "finish": r.finish} for p, r in zip(prompt, results, strict=True)])
         return
-    for text, result in zip(prompt, results, strict=True):
-        print(f"{text}{result.text}\n")
+    for asked, result in zip(prompt, results, strict=True):
+        print(f"{asked}{result.text}\n")
 
 
 def chat(
     source: Src,
+    text: ChatOptions,
+    options: RunOptions,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this once and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, where the model's template has one.")] = None,
-    max_new_tokens: MaxNew = 512,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    revision: Revision = None,
-    dialect: Dialect = None,
-    sets: Sets = None,
-    ignore: Ignore = None,
-    ignore_config: IgnoreConfig = None,
 ) -> None:
     """Talk with a model (or, if it has no chat template, let it continue prompt after prompt)."""
-    _, model, tokenizer = load_with(source, dtype, device, revision, dialect, sets, ignore, ignore_config)
+    _, model, tokenizer = options.load(source)
     tokenizer = need(tokenizer, source)
     from .. import chat as loop
     from ..checkpoint.hub import cache_folder
 
-    conversation = loop.Conversation(
-        model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop or (), overflow="window",
-    )  # fmt: skip
+    conversation = loop.Conversation(model, tokenizer, system=system, overflow="window", **text.as_arguments())
     if prompt is not None:
         conversation.answer(prompt, lambda piece: print(piece, end="", flush=True))
         print()
