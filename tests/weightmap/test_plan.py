@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dialects
 from loadstone.checkpoint.base import TensorInfo
@@ -286,3 +287,12 @@ def test_our_own_state_dict_and_our_own_model_are_read_back(kind: str) -> None:
     assert (live.config, live.config_source) == (model.config, "the model itself")
     again = load_model(live)
     assert all(np.array_equal(parameters[name], p.detach().numpy()) for name, p in again.named_parameters())
+
+
+def test_our_own_untied_model_stays_untied_though_its_values_are_equal() -> None:
+    options = {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2}
+    model = load_model(open_source(MemoryCheckpoint(dialects.llama_meta()), config=options))
+    assert model.head is not None
+    with torch.no_grad():
+        model.head.weight.copy_(model.tok_emb.weight)
+    assert load_model(open_source(model)).head is not None

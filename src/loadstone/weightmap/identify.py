@@ -148,7 +148,7 @@ def _with_table(
             f"{len(checkpoint.tensors):,} tensors. One of the two belongs to another model."
         )
     plan = make_plan(config, checkpoint.tensors, table, aliases=checkpoint.aliases, ignore=ignore)
-    known = not twice or source == "config.json" or "tied" in overrides
+    known = not twice or source in SAYS_WHETHER_TIED or "tied" in overrides
     assumed = [line for line in assumed if line.split(" ")[0] not in overrides]
     return Identity(checkpoint, table, config, plan, source, assumed, known)
 
@@ -165,7 +165,7 @@ def _find_config(
     """(config, where it was read, what was assumed): the dialect's own record first, shapes last."""
     metadata = checkpoint.metadata
     if isinstance(own := metadata.get("config"), GPTConfig):
-        return own, "the model itself", []
+        return own, THE_MODEL, []
     if table.dialect == "gguf":
         factors, where = _rope_factors(checkpoint), f"{checkpoint.path}"
         return from_gguf(metadata, facts, rope_factors=factors, where=where, ignore=ignore), "GGUF metadata", []
@@ -188,7 +188,8 @@ def _find_config(
     return config, INFERRED, assumed
 
 
-INFERRED = "the tensors' shapes (inferred)"
+INFERRED, THE_MODEL = "the tensors' shapes (inferred)", "the model itself"
+SAYS_WHETHER_TIED = ("config.json", THE_MODEL)
 ROPE_FREQS = "rope_freqs.weight"
 
 
