@@ -59,6 +59,8 @@ peers: $(PEERS)/installed
 
 bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/load.py
+	$(PEERS)/bin/python benchmarks/dequantise.py
+	$(PEERS)/bin/python benchmarks/qkv.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
