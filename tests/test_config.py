@@ -85,6 +85,8 @@ def test_what_the_model_does_not_do_is_refused_by_name(base: dict[str, Any], cha
 def test_unknown_fields_that_are_off_or_named_pass() -> None:
     assert from_hf(GPT2 | {"new_thing": None, "other_thing": False}) == from_hf(GPT2)
     assert from_hf(GPT2 | {"note": "mine"}, ignore=["note"]) == from_hf(GPT2)
+    with pytest.raises(ConfigError, match="logit_scale = 0"):  # 0 is a value, not a feature that is off
+        from_hf(GPT2 | {"logit_scale": 0})
 
 
 def test_openai_nanogpt_meta() -> None:

@@ -59,7 +59,13 @@ def test_sampling_in_a_batch_equals_alone(model: GPT, overflow: str) -> None:
 def test_rows_end_one_by_one_and_do_not_disturb_the_others(model: GPT) -> None:
     free = [naive(model, prompt, 15) for prompt in PROMPTS]
     stop = free[0][4]
-    results = generate(model, PROMPTS, max_new_tokens=15, stop_ids=[stop])
+    stream = Stream(model, PROMPTS, max_new_tokens=15, stop_ids=[stop])
+    for _ in stream:
+        pass
+    results = stream.results
+    # the last token of a row is never fed, and a row that has ended does not grow
+    fed = [len(prompt) + len(r.ids) - (r.finish == "length") for prompt, r in zip(PROMPTS, results, strict=True)]
+    assert stream.cache.lengths == fed
     for result, whole in zip(results, free, strict=True):
         cut = whole.index(stop) if stop in whole else len(whole)
         assert result.ids == whole[:cut]
@@ -120,6 +126,7 @@ def test_an_interrupted_prompt_leaves_no_false_memory(model: GPT, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         generate(model, [[1, 2, 9, 9, 9]], max_new_tokens=1, session=session)
     monkeypatch.undo()
+    assert session.ids == [1, 2]
     answer = generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=5, session=session)[0].ids
     assert answer == naive(model, [1, 2, 3, 4, 5, 6], 5)
 
@@ -278,6 +285,13 @@ def test_streamed_pieces_add_up_to_the_text_and_stops_end_it(model: GPT) -> None
     assert cut == "ab" + whole[2 : whole.index(stop, 2)]
     (completion,) = generate_texts(model, LETTERS, ["ab"], max_new_tokens=15, stop=[stop], repetition_penalty=1.5)
     assert (completion.text, completion.finish) == (cut[2:], "stop")
+
+
+def test_the_configs_end_tokens_stop_as_well_as_the_tokenizers(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = naive(model, LETTERS.encode("ab"), 10)
+    monkeypatch.setattr(model, "config", model.config.with_overrides({"eos_ids": (whole[0],)}))
+    (completion,) = generate_texts(model, LETTERS, ["ab"], max_new_tokens=10)
+    assert (completion.text, completion.finish) == ("", "stop")
 
 
 def test_texts_in_a_batch_equal_texts_alone(model: GPT) -> None:

@@ -109,7 +109,8 @@ class Stream:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
         if self.max_new_tokens == 0:
-            self._end("length")
+            for result in self.results:
+                result.finish = "length"
             return
         logits_BV = self._prefill()
         while True:
@@ -119,10 +120,6 @@ class Stream:
             if all(result.finish for result in self.results):
                 return
             logits_BV = self._step()
-
-    def _end(self, reason: str) -> None:
-        for result in self.results:
-            result.finish = result.finish or reason
 
     def _prefill(self) -> Tensor:
         """Read the prompts, padded on the right; logits after each one's last token."""

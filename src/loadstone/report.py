@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from .checkpoint.base import Checkpoint
-from .weightmap import Identity, LoadPlan, Step
-
-
-def size_text(n_bytes: int) -> str:
-    """Bytes in decimal units, as file managers and hubs show them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes} B"
+from .checkpoint.wording import size_text
+from .weightmap import Identity, LoadPlan, Step, parameter_shapes
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -57,15 +51,7 @@ def identity_facts(identity: Identity) -> dict[str, Any]:
 
 def parameter_count(identity: Identity) -> int:
     """Elements of all parameters, a tied head counted once."""
-    from .weightmap import parameter_shapes
-
-    total = 0
-    for shape in parameter_shapes(identity.config).values():
-        count = 1
-        for dim in shape:
-            count *= dim
-        total += count
-    return total
+    return sum(math.prod(shape) for shape in parameter_shapes(identity.config).values())
 
 
 def tie_text(identity: Identity) -> str:
@@ -77,9 +63,13 @@ def tie_text(identity: Identity) -> str:
 def inspect_lines(checkpoint: Checkpoint, identity: Identity | None, reason: str) -> Iterator[tuple[str, str]]:
     """(label, text) pairs for a terminal."""
     facts = checkpoint_facts(checkpoint)
-    types = ", ".join(f"{name} {size_text(size)}" for name, size in facts["dtypes"].items())
+    sizes = facts["dtypes"] | {"": facts["bytes"]}
+    *types, total = (f"{name} {size_text(size, tenths_below=1000)}".strip() for name, size in sizes.items())
     yield "file", f"{facts['path']}"
-    yield "format", f"{facts['format']}, {facts['tensors']} tensors, {size_text(facts['bytes'])} ({types})"
+    yield (
+        "format",
+        f"{facts['format']}, {facts['tensors']} tensors, {total} ({', '.join(types)})",
+    )
     if identity is None:
         yield "model", f"not recognised: {reason}"
     else:

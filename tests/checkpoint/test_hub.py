@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from bundle_writer import gpt2_tensors, write_bundle
 from loadstone.checkpoint import hub
-from loadstone.checkpoint.download import safe_name, shown, size_text
+from loadstone.checkpoint.download import safe_name, shown
 from loadstone.checkpoint.hub import OPENAI_FILES, OPENAI_SHA256, cache_folder, resolve
+from loadstone.checkpoint.wording import size_text
 from loadstone.errors import SourceError
 from loopback import Loopback, Reply, in_turn, served
 

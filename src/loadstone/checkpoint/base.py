@@ -6,6 +6,7 @@ in a blink. bf16 and fp8 are numpy arrays through `ml_dtypes`.
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from abc import ABC, abstractmethod
@@ -57,10 +58,7 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Number of elements."""
-        n = 1
-        for dim in self.shape:
-            n *= dim
-        return n
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -127,9 +125,7 @@ def view(buffer: mmap.mmap | memoryview | bytes, offset: int, shape: tuple[int, 
 
     The caller has checked that the bytes are there.
     """
-    count = 1
-    for dim in shape:
-        count *= dim
+    count = math.prod(shape)
     if count == 0:
         return np.empty(shape, dtype)
     array: Array = np.frombuffer(buffer, dtype, count, offset).reshape(shape)

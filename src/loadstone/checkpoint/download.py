@@ -25,6 +25,7 @@ import requests
 from urllib3.exceptions import HTTPError as TransportError
 
 from ..errors import SourceError
+from .wording import size_text
 
 ATTEMPTS = 5  # per mirror; each next one resumes where the last one stopped
 CHUNK = 64 * 1024  # bytes; a drop loses at most one chunk
@@ -293,15 +294,6 @@ def safe_name(url: str) -> str:
     """A file name for what a URL serves: its last segment, and nothing that a file system or a shell could misread."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", unquote(urlsplit(url).path).rpartition("/")[2]).lstrip(".-")
     return name[-120:] or "download"
-
-
-def size_text(nbytes: int) -> str:
-    """`523 MB`: decimal units, as disks and hubs count."""
-    value, unit = float(nbytes), 0
-    while value >= 999.5 and unit < 4:
-        value, unit = value / 1000, unit + 1
-    digits = 1 if unit and value < 10 else 0
-    return f"{value:.{digits}f} {('bytes', 'KB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def say(message: str) -> None:

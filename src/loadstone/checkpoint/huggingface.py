@@ -118,7 +118,7 @@ def _groups(listing: Mapping[str, int]) -> dict[str, list[str]]:
 
 def _best(groups: Mapping[str, list[str]], listing: Mapping[str, int], name: HubName) -> str:
     """The key of the one group to download: the best format, there the usual name, or the only one."""
-    from .download import size_text
+    from .wording import size_text
 
     for suffix, stem in WEIGHTS.items():
         found = [key for key in groups if key.endswith(suffix) and "/" not in key and key not in TRAINER_STATE]

@@ -22,3 +22,12 @@ def few(items: Iterable[str], limit: int = 4) -> str:
 def visible(text: str) -> str:
     """Text that may come out of a file, safe for a terminal: control characters and lone surrogates as escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def size_text(nbytes: int, *, tenths_below: float = 10) -> str:
+    """`523 MB`: decimal units, as disks and hubs count; tenths are shown for values below `tenths_below`."""
+    value, unit = float(nbytes), 0
+    while value >= 999.5 and unit < 4:
+        value, unit = value / 1000, unit + 1
+    digits = 1 if unit and value < tenths_below else 0
+    return f"{value:.{digits}f} {('bytes', 'KB', 'MB', 'GB', 'TB')[unit]}"

@@ -52,10 +52,10 @@ MASKS = (
 )
 
 # transformers' Conv1D stores [in, out].
-HF = WeightMap("gpt2", "hf", _huggingface_names(Transpose()), MASKS, prefix="transformer.", orientation="[in, out]")
+HF = WeightMap("gpt2", "hf", _huggingface_names(Transpose()), MASKS, orientation="[in, out]")
 
 # nanoGPT: the same names over nn.Linear.
-NANOGPT = WeightMap("gpt2", "nanogpt", _huggingface_names(), MASKS, prefix="transformer.")
+NANOGPT = WeightMap("gpt2", "nanogpt", _huggingface_names(), MASKS)
 
 # OpenAI's TensorFlow graph: Conv1D kernels are [1, in, out]; norms are g and b; there is no head, it is wte.
 CONV1D = (Squeeze(), Transpose())

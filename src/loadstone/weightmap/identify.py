@@ -209,6 +209,8 @@ def _beside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: it cannot be read ({error.strerror}). Check its permissions.") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: this is not valid JSON ({error}). Download it again.") from None
     if not isinstance(values, dict):

@@ -31,7 +31,6 @@ HF = WeightMap(
         Rule("lm_head.weight", ("head.weight",)),
     ),
     (Ignore("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary frequencies, a buffer", "vector"),),
-    prefix="model.",
 )
 
 # Meta's own releases, and llama2.c's.

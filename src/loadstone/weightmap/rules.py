@@ -59,10 +59,9 @@ class WeightMap:
 
     Attributes:
         architecture, dialect: what the table is called.
-        rules: which tensor becomes which parameters. Targets are disjoint: a double claim is refused at construction.
+        rules: which tensor becomes which parameters, by names without the wrappers (`model.`) that `unwrap` takes
+            off. Targets are disjoint: a double claim is refused at construction.
         ignored: buffers and optimizer slots.
-        prefix: what the dialect's own files write before each name but the head's (HuggingFace's `model.`). On the
-            way in any known wrapper is removed, so the rules are written without it.
         orientation: how the file stores linear weights, for the report: "[out, in]" or "[in, out]".
     """
 
@@ -70,7 +69,6 @@ class WeightMap:
     dialect: str
     rules: tuple[Rule, ...]
     ignored: tuple[Ignore, ...] = ()
-    prefix: str = ""
     orientation: str = "[out, in]"
 
     def __post_init__(self) -> None:
