@@ -209,3 +209,25 @@ def llama_hf(meta: Tensors, heads: int, kv_heads: int) -> Tensors:
             parts = np.split(value, heads if "q_proj" in name else kv_heads)
             w[name] = np.concatenate([np.concatenate([part[0::2], part[1::2]]) for part in parts])
     return w
+
+
+def gpt_neox_hf(
+    vocab: int = 101, width: int = 48, layers: int = 3, heads: int = 4, d_ff: int = 80, seed: int = 0
+) -> Tensors:
+    """GPT-NeoX in HuggingFace's names: rows of query_key_value go head by head, [q_0 k_0 v_0 q_1 ...]."""
+    rng = np.random.default_rng(seed)
+    w: Tensors = {"gpt_neox.embed_in.weight": _random(rng, vocab, width)}
+    for i in range(layers):
+        at = f"gpt_neox.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            w[f"{at}.{norm}.weight"], w[f"{at}.{norm}.bias"] = _random(rng, width, mean=1.0), _random(rng, width)
+        for name, out, into in (
+            ("attention.query_key_value", 3 * width, width),
+            ("attention.dense", width, width),
+            ("mlp.dense_h_to_4h", d_ff, width),
+            ("mlp.dense_4h_to_h", width, d_ff),
+        ):
+            w[f"{at}.{name}.weight"], w[f"{at}.{name}.bias"] = _random(rng, out, into), _random(rng, out)
+    norm = "gpt_neox.final_layer_norm"
+    w[f"{norm}.weight"], w[f"{norm}.bias"] = _random(rng, width, mean=1.0), _random(rng, width)
+    return w | {"embed_out.weight": _random(rng, vocab, width)}

@@ -6,6 +6,7 @@ complex rotary pairs, as the two programs' papers and code define them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,3 +90,35 @@ def llama_logits(
         x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, f"{at}.feed_forward.w3"), f"{at}.feed_forward.w2")
         layer += 1
     return linear(norm(x, "norm"), "output" if "output.weight" in w else "tok_embeddings")
+
+
+def gpt_neox_logits(w: Tensors, ids: list[int], n_heads: int, rotary: int, eps: float = 1e-5) -> Array:
+    """[T, V] logits of GPT-NeoX from HuggingFace's tensors: parallel residual, the first `rotary` elements turned."""
+    w = {name.removeprefix("gpt_neox."): value.astype(np.float64) for name, value in w.items()}
+
+    def norm(x: Array, name: str) -> Array:
+        centred = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+        return centred * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: Array, name: str) -> Array:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def turn(x: Array) -> Array:
+        half = rotary // 2
+        turned = x[:, :half] + 1j * x[:, half:rotary]
+        turned = turned * np.exp(1j * np.outer(np.arange(len(x)), 10_000.0 ** (-np.arange(half) / half)))
+        return np.concatenate([turned.real, turned.imag, x[:, rotary:]], -1)
+
+    def gelu(x: Array) -> Array:
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+    x = w["embed_in.weight"][ids]
+    layer = 0
+    while (at := f"layers.{layer}") + ".input_layernorm.weight" in w:
+        fused = linear(norm(x, f"{at}.input_layernorm"), f"{at}.attention.query_key_value")
+        heads = (np.split(head, 3, -1) for head in np.split(fused, n_heads, -1))
+        attended = np.concatenate([attend(turn(q), turn(k), v) for q, k, v in heads], -1)
+        inner = gelu(linear(norm(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h"))
+        x = x + linear(attended, f"{at}.attention.dense") + linear(inner, f"{at}.mlp.dense_4h_to_h")
+        layer += 1
+    return norm(x, "final_layer_norm") @ w["embed_out.weight"].T

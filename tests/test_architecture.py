@@ -16,19 +16,33 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each part may import those before it in the list, and itself.
 LAYERS = [
-    {"errors", "_version"},
+    {"errors", "_version", "checks"},
     {"config"},
     {"model", "checkpoint"},
     {"weightmap", "sampling"},
     {"tokenizer"},
     {"load"},
-    {"verify", "generate", "report"},
+    {"diagnose", "generate", "report", "diff", "sizes", "certificate"},
+    {"verify"},
+    {"convert"},
     {"chat"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 # Torch-free: inspect, plan and any engine that is not torch must start in a blink.
-TORCH_FREE = ("errors", "config", "checkpoint", "weightmap", "tokenizer", "report")
+TORCH_FREE = (
+    "errors",
+    "config",
+    "checkpoint",
+    "weightmap",
+    "tokenizer",
+    "report",
+    "checks",
+    "diff",
+    "sizes",
+    "certificate",
+    "convert",
+)
 
 
 def part(path: Path) -> str:

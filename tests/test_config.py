@@ -174,5 +174,5 @@ def test_rope_values_without_a_meaning_are_refused(options: Any) -> None:
 
 
 def test_rope_factors_must_fit_the_heads() -> None:
-    with pytest.raises(ConfigError, match="heads of 8 have 4 rotary frequencies, but 1 factors are given"):
+    with pytest.raises(ConfigError, match="8 turned elements have 4 rotary frequencies, but 1 factors are given"):
         GPTConfig(10, 10, 32, 1, 4, rope=Rope(scaling="factors", factors=(1.0,)))

@@ -1,7 +1,7 @@
 """The GPT: the full definition of every family's model, in this single file, read top to bottom.
 
 Shapes: B batch, T tokens of this call, S cache slots attended to, C d_model, H query heads, K key/value heads,
-D head_dim, F d_ff, V vocabulary.
+D head_dim, R the turned elements of a head (all, usually), F d_ff, V vocabulary.
 
 The model knows token ids and one naming of its parameters. Weights enter and leave through weight maps alone. It has
 no buffers: whatever is not a parameter follows from the config, so nothing but parameters can be lost in a file.
@@ -93,14 +93,14 @@ class Positions:
 
 
 @cache
-def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
-    """Radians per position for each of the D/2 turned pairs, float32, and the factor on cos and sin.
+def inverse_frequencies(rope: Rope, dims: int) -> tuple[Tensor, float]:
+    """Radians per position for each of the R/2 turned pairs (of R elements), float32, and the factor on cos and sin.
 
     Scalings: linear (Chen et al. 2023, arXiv:2306.15595), llama3 (Llama 3.1's `use_scaled_rope`), yarn (Peng et al.
     2023, arXiv:2309.00071), factors (GGUF's rope_freqs.weight). Values as transformers and llama.cpp compute them.
     """
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / rope.theta ** (steps / head_dim)  # [D/2]
+    steps = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / rope.theta ** (steps / dims)  # [R/2]
     if rope.scaling == "linear":
         return frequencies / rope.factor, 1.0
     if rope.scaling == "factors":
@@ -112,27 +112,28 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
         return frequencies * (keep + (1 - keep) / rope.factor), 1.0
     if rope.scaling == "yarn":
         low, high = (
-            head_dim * math.log(rope.original_context / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
+            dims * math.log(rope.original_context / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
             for beta in (rope.beta_fast, rope.beta_slow)
         )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-        keep = 1 - ((torch.arange(head_dim // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), dims - 1)
+        keep = 1 - ((torch.arange(dims // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
         attention = rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)
         return frequencies * (keep + (1 - keep) / rope.factor), attention
     return frequencies, 1.0
 
 
 def rotation(rope: Rope, head_dim: int, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, both [B, 1, T, D/2], computed in float32 and given in the type of `like`."""
-    frequencies, factor = inverse_frequencies(rope, head_dim)
+    """cos and sin for `rotate`, both [B, 1, T, R/2], computed in float32 and given in the type of `like`."""
+    frequencies, factor = inverse_frequencies(rope, rope.dims or head_dim)
     angles = positions_BT[:, None, :, None].float() * frequencies.to(positions_BT.device)
     return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)
 
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn element j with element j + D/2 by the angle of its position."""
-    a, b = x_BHTD.chunk(2, dim=-1)  # both [B, H, T, D/2]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn element j with element j + R/2 by the angle of its position; the elements from R on stay as they are."""
+    half = cos.shape[-1]
+    a, b = x_BHTD[..., :half], x_BHTD[..., half : 2 * half]  # both [B, H, T, R/2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x_BHTD[..., 2 * half :]), dim=-1)
 
 
 class Linear(nn.Linear):
@@ -219,18 +220,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block; in the parallel form attention and MLP read the same x."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.parallel = config.parallel_residual
         self.norm1 = Norm(config)
         self.attn = Attention(config)
         self.norm2 = Norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.norm1(x_BTC), positions, cache, layer)
-        return x_BTC + self.mlp(self.norm2(x_BTC))
+        attended_BTC = x_BTC + self.attn(self.norm1(x_BTC), positions, cache, layer)
+        return attended_BTC + self.mlp(self.norm2(x_BTC if self.parallel else attended_BTC))
 
 
 class GPT(nn.Module):

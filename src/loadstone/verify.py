@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from .checkpoint import open_checkpoint
+from .checks import Check
 from .errors import LoadstoneError
 from .load import ModuleCheckpoint, to_tensor
 from .model import GPT
@@ -35,15 +36,6 @@ ENGLISH = (
 )
 # Usual float32 differences between two right implementations are 1e-6 to 2e-5 on logits of this size.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.15, torch.float16: 0.02}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question, its answer (None: could not be asked, or no verdict either way), and the evidence."""
-
-    name: str
-    ok: bool | None
-    detail: str
 
 
 @dataclass

@@ -11,61 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-import dialects
 import reference
-from loadstone.config import GPTConfig
+from loadstone.config import GPTConfig, Rope
 from loadstone.load import load_model, open_source
 from loadstone.weightmap import TABLES, WeightMap, apply, make_plan, parameter_shapes
+from loadstone.weightmap.facts import FAMILY_FIELDS
 from loadstone.weightmap.gpt2 import HF, OPENAI
 from loadstone.weightmap.ops import Op, RotaryHalves, SplitQKV, Squeeze, Transpose
 from loadstone.weightmap.rules import Rule
 from memory import MemoryCheckpoint, same
-
-GPT2 = dialects.gpt2_hf()
-GPT2_WRITERS: dict[str, Callable[[dialects.Tensors], dialects.Tensors]] = {
-    "hf": lambda w: w,
-    "nanogpt": dialects.gpt2_nanogpt,
-    "openai": dialects.gpt2_openai,
-    "raschka": dialects.gpt2_raschka,
-    "lesson": dialects.gpt2_lesson,
-    "gguf": dialects.gpt2_gguf,
-}
-META = dialects.llama_meta()
-LLAMA_WRITERS: dict[str, Callable[[dialects.Tensors], dialects.Tensors]] = {
-    "meta": lambda w: w,
-    "hf": lambda w: dialects.llama_hf(w, heads=6, kv_heads=2),
-    "gguf": dialects.llama_gguf,
-}
-GPT2_GGUF_METADATA = {
-    "general.architecture": "gpt2",
-    "gpt2.context_length": 40,
-    "gpt2.embedding_length": 32,
-    "gpt2.block_count": 3,
-    "gpt2.feed_forward_length": 128,
-    "gpt2.attention.head_count": 4,
-    "gpt2.attention.layer_norm_epsilon": 1e-5,
-}
-LLAMA_GGUF_METADATA = {
-    "general.architecture": "llama",
-    "llama.context_length": 40,
-    "llama.embedding_length": 48,
-    "llama.block_count": 3,
-    "llama.feed_forward_length": 80,
-    "llama.attention.head_count": 6,
-    "llama.attention.head_count_kv": 2,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.dimension_count": 8,
-}
-
-
-def gpt2_checkpoint(dialect: str) -> MemoryCheckpoint:
-    metadata = GPT2_GGUF_METADATA if dialect == "gguf" else {}
-    return MemoryCheckpoint(GPT2_WRITERS[dialect](GPT2), metadata=metadata)
-
-
-def llama_checkpoint(dialect: str) -> MemoryCheckpoint:
-    metadata = LLAMA_GGUF_METADATA if dialect == "gguf" else {}
-    return MemoryCheckpoint(LLAMA_WRITERS[dialect](META), metadata=metadata)
+from small_models import (
+    CHECKPOINTS,
+    CONFIGS,
+    GPT2,
+    GPT2_WRITERS,
+    LLAMA_WRITERS,
+    META,
+    NEOX,
+    NEOX_CONFIG,
+    gpt2_checkpoint,
+    llama_checkpoint,
+)
 
 
 def gpt2_options(dialect: str) -> dict[str, Any]:
@@ -100,6 +66,26 @@ def test_llama_logits_equal_the_independent_forward_pass(dialect: str) -> None:
     assert np.abs(logits(load_model(identity), IDS) - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])
+def test_gpt_neox_logits_equal_the_independent_forward_pass(head: str) -> None:
+    """Files call the head embed_out; the live module of transformers 5 calls it lm_head."""
+    tensors = {name.replace("embed_out.weight", head): value for name, value in NEOX.items()}
+    identity = open_source(MemoryCheckpoint(tensors), config=NEOX_CONFIG)
+    assert identity.weight_map.name == "gpt_neox/hf"
+    expected = reference.gpt_neox_logits(NEOX, IDS, n_heads=4, rotary=4)
+    assert np.abs(logits(load_model(identity), IDS) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"parallel_residual": False}, {"rope": {"dims": 8}}, {"activation": "gelu_tanh"}, {"n_heads": 2, "head_dim": 24}],
+)
+def test_a_wrong_gpt_neox_config_is_seen(wrong: dict[str, Any]) -> None:
+    identity = open_source(MemoryCheckpoint(NEOX), config=NEOX_CONFIG | wrong)
+    expected = reference.gpt_neox_logits(NEOX, IDS, n_heads=4, rotary=4)
+    assert np.abs(logits(load_model(identity), IDS) - expected).max() > 10 * TOLERANCE
+
+
 def test_all_gpt2_dialects_load_to_the_same_bits() -> None:
     states = []
     for dialect in GPT2_WRITERS:
@@ -114,9 +100,8 @@ FOREIGN = [table for table in TABLES if table.dialect != "loadstone"]
 @pytest.mark.parametrize("table", FOREIGN, ids=lambda table: table.name)
 def test_a_table_read_backwards_writes_the_dialect(table: WeightMap) -> None:
     """Export is the inverse of import: the model's parameters give back the very tensors."""
-    checkpoint = (gpt2_checkpoint if table.architecture == "gpt2" else llama_checkpoint)(table.dialect)
-    heads = {"n_heads": 4} if table.architecture == "gpt2" else {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2}
-    identity = open_source(checkpoint, config=heads)
+    checkpoint = CHECKPOINTS[table.architecture](table.dialect)
+    identity = open_source(checkpoint, config=CONFIGS[table.architecture])
     model = load_model(identity)
     parameters = {name: p.detach().numpy() for name, p in model.named_parameters()}
     for step in identity.plan.steps:
@@ -127,11 +112,9 @@ def test_a_table_read_backwards_writes_the_dialect(table: WeightMap) -> None:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_a_table_names_every_parameter_of_its_architecture(table: WeightMap) -> None:
     config = GPTConfig(11, 12, 8, 2, 2, tied=table.dialect == "openai")
-    if table.architecture == "llama":
-        from loadstone.config import Rope
-        from loadstone.config.others import LLAMA_FIELDS
-
-        config = GPTConfig(11, 12, 8, 2, 2, architecture="llama", rope=Rope(), tied=False, **LLAMA_FIELDS)
+    if table.architecture in FAMILY_FIELDS:
+        family = {"tied": False} | FAMILY_FIELDS[table.architecture]
+        config = GPTConfig(11, 12, 8, 2, 2, architecture=table.architecture, rope=Rope(), **family)
     targets = [target for rule in table.expand(2) for target in rule.target]
     assert set(parameter_shapes(config)) <= set(targets)
     assert len(targets) == len(set(targets))

@@ -37,6 +37,7 @@ class Rope:
     beta_slow: float = 1.0  # yarn: rotations below which a dimension is scaled in full
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None means 0.1 ln(factor) + 1
     factors: tuple[float, ...] = ()  # "factors": one divisor per frequency (GGUF's rope_freqs.weight)
+    dims: int = 0  # elements of each head that are turned, the first ones; 0 means all (GPT-NeoX turns a quarter)
 
     def __post_init__(self) -> None:
         if self.scaling not in ROPE_SCALINGS:
@@ -44,6 +45,7 @@ class Rope:
         relative = self.scaling in ("llama3", "yarn")
         for name, good, range_ in (
             ("theta", _positive(self.theta) and self.theta != 1, "a positive number other than 1"),
+            ("dims", type(self.dims) is int and self.dims >= 0 and self.dims % 2 == 0, "an even whole number"),
             ("factor", _positive(self.factor), "a positive number"),
             ("original_context", not relative or _positive(self.original_context), "1 or more"),
             ("low_freq_factor", _positive(self.low_freq_factor), "a positive number"),
@@ -75,12 +77,13 @@ class GPTConfig:
     n_kv_heads: int = 0  # key/value heads, shared by groups of query heads (GQA); 0 means n_heads
     head_dim: int = 0  # 0 means d_model / n_heads
     d_ff: int = 0  # width inside the MLP; 0 means 4 d_model
-    architecture: str = "gpt2"  # which weight tables apply: gpt2, llama
+    architecture: str = "gpt2"  # which weight tables apply: gpt2, llama, gpt_neox
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     activation: str = "gelu_tanh"  # GPT-2 was trained with the tanh form: erf (`gelu`) differs by up to 4.7e-4 a unit
     gated_mlp: bool = False  # SwiGLU: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
     rope: Rope | None = None  # None: learned position embeddings
+    parallel_residual: bool = False  # x + attn(norm1(x)) + mlp(norm2(x)), as in GPT-J and GPT-NeoX
     qkv_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
@@ -109,7 +112,7 @@ class GPTConfig:
         self._check()
 
     def _check_types(self) -> None:
-        flags = ("gated_mlp", "qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias", "tied")
+        flags = ("gated_mlp", "parallel_residual", "qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias", "tied")
         ids = (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))) if self._is_ids() else (None,)
         for name, good, wanted in (
             *((flag, isinstance(getattr(self, flag), bool), "true or false") for flag in flags),
@@ -127,19 +130,26 @@ class GPTConfig:
     def _check(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.")
-        if self.rope is not None and self.head_dim % 2:
-            raise ConfigError(f"rotary embedding turns pairs: head_dim {self.head_dim} is odd.")
-        if self.rope is not None and self.rope.scaling == "factors" and len(self.rope.factors) != self.head_dim // 2:
-            raise ConfigError(
-                f"heads of {self.head_dim} have {self.head_dim // 2} rotary frequencies, but {len(self.rope.factors)} "
-                "factors are given."
-            )
+        if self.rope is not None:
+            self._check_rope(self.rope)
         for name, value, known in (
             ("norm", self.norm, NORMS),
             ("activation", self.activation, ACTIVATIONS),
         ):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is not supported; known: {', '.join(known)}.")
+
+    def _check_rope(self, rope: Rope) -> None:
+        if self.head_dim % 2 and not rope.dims:
+            raise ConfigError(f"rotary embedding turns pairs: head_dim {self.head_dim} is odd.")
+        if rope.dims > self.head_dim:
+            raise ConfigError(f"rope dims {rope.dims} is more than the head_dim {self.head_dim}.")
+        turned = rope.dims or self.head_dim
+        if rope.scaling == "factors" and len(rope.factors) != turned // 2:
+            raise ConfigError(
+                f"{turned} turned elements have {turned // 2} rotary frequencies, but {len(rope.factors)} factors are "
+                "given."
+            )
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> GPTConfig:
         """A copy with some fields replaced. Derived fields that the caller does not name are derived anew.

@@ -1,4 +1,4 @@
-"""HuggingFace's `config.json` for GPT-2 and Llama (fields and defaults as in transformers 5)."""
+"""HuggingFace's `config.json` for GPT-2, Llama and GPT-NeoX (fields and defaults as in transformers 5)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ HARMLESS = frozenset(
     reorder_and_upcast_attn resid_pdrop sep_token_id pad_token_id decoder_start_token_id forced_bos_token_id
     forced_eos_token_id
     summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version
+    classifier_dropout summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config
+    transformers_version
     unsloth_version unsloth_fixed use_cache attention_dropout hidden_dropout output_attentions output_hidden_states
     return_dict return_dict_in_generate do_sample temperature top_k top_p num_return_sequences repetition_penalty
     num_beams num_beam_groups length_penalty diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
@@ -115,15 +116,50 @@ def _llama(fields: Fields) -> GPTConfig:
     )
 
 
-def _rope(fields: Fields, context: int) -> Rope:
-    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
-    theta = fields.number("rope_theta", 10_000.0)
+def _gpt_neox(fields: Fields) -> GPTConfig:
+    d_model, n_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    bias = fields.flag("attention_bias", True)
+    context = fields.integer("max_position_embeddings", 2048)
+    return fields.build(
+        architecture="gpt_neox",
+        vocab_size=fields.integer("vocab_size"),
+        context_length=context,
+        d_model=d_model,
+        n_layers=fields.integer("num_hidden_layers"),
+        n_heads=n_heads,
+        d_ff=fields.integer("intermediate_size"),
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        activation=_activation(fields, "hidden_act", "gelu"),
+        parallel_residual=fields.flag("use_parallel_residual", True),
+        rope=_rope(
+            fields,
+            context,
+            theta=fields.number("rotary_emb_base", 10_000.0),
+            part=fields.number("rotary_pct", 0.25),
+            head_dim=d_model // n_heads,
+        ),
+        qkv_bias=bias,
+        attn_out_bias=bias,
+        tied=fields.flag("tie_word_embeddings", False),
+        **_special_ids(fields),
+    )
+
+
+def _rope(fields: Fields, context: int, theta: float = 10_000.0, part: float = 1.0, head_dim: int = 0) -> Rope:
+    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+
+    `theta`, `part` (of each head that is turned): the family's defaults. `head_dim` where a part is allowed.
+    """
+    theta = fields.number("rope_theta", theta)
     table = {**fields.table("rope_scaling"), **fields.table("rope_parameters")}
     inner = Fields(table, f"{fields.where}: rope scaling", fields.ignore)
     older = inner.text("type", "default")  # transformers 4's first name for it; the newer one wins
     kind = inner.text("rope_type", older)
-    inner.must_be("partial_rotary_factor", 1, 1.0)
+    part = inner.number("partial_rotary_factor", part)
+    if part != 1 and not (head_dim and 0 < part < 1 and int(head_dim * part) >= 2):
+        raise ConfigError(f"{inner.where}: a rotary part of {part} of each head is not supported for this model type.")
     common: dict[str, Any] = {"theta": inner.number("rope_theta", theta)}
+    common |= {"dims": int(head_dim * part)} if part != 1 else {}
     original = inner.integer("original_max_position_embeddings", context)
     if kind in ("default", "none"):
         rope = Rope(**common)
@@ -145,4 +181,4 @@ def _rope(fields: Fields, context: int) -> Rope:
     return rope
 
 
-READERS: Mapping[str, Callable[[Fields], GPTConfig]] = {"gpt2": _gpt2, "llama": _llama}
+READERS: Mapping[str, Callable[[Fields], GPTConfig]] = {"gpt2": _gpt2, "llama": _llama, "gpt_neox": _gpt_neox}

@@ -102,6 +102,10 @@ LLAMA_FIELDS: dict[str, Any] = {
 }
 
 
+# What makes a GPT-NeoX, apart from its sizes; rotary dims are a quarter of a head in every published one.
+GPT_NEOX_FIELDS: dict[str, Any] = {"activation": "gelu", "parallel_residual": True, "tied": False}
+
+
 def _endoftext(vocab_size: int) -> dict[str, Any]:
     """GPT-2's vocabulary, padded or not, is known by its size; any other has no special token that we know of."""
     known = 50_257 <= vocab_size <= 50_304

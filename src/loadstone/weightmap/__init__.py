@@ -5,6 +5,7 @@ from .identify import TABLES, Identity, identify
 from .ops import apply, apply_shapes
 from .plan import LoadPlan, Step, make_plan
 from .rules import Ignore, Rule, WeightMap
+from .translate import Translated, table_for
 
 __all__ = [
     "TABLES",
@@ -13,10 +14,12 @@ __all__ = [
     "LoadPlan",
     "Rule",
     "Step",
+    "Translated",
     "WeightMap",
     "apply",
     "apply_shapes",
     "identify",
     "make_plan",
     "parameter_shapes",
+    "table_for",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import PRESETS, GPTConfig, Rope
-from ..config.others import ENDOFTEXT, LLAMA_FIELDS
+from ..config.others import ENDOFTEXT, GPT_NEOX_FIELDS, LLAMA_FIELDS
 from ..errors import ConfigError
 from .canonical import Shape
 from .ops import ShapeError, apply_shapes
@@ -67,6 +67,7 @@ def read_facts(weight_map: WeightMap, shapes: Mapping[str, Shape]) -> dict[str, 
 
 # Dialects whose program has one activation and one epsilon in its code, so that the dialect tells them.
 FIXED_BY_PROGRAM = ("openai", "raschka", "nanogpt")
+FAMILY_FIELDS = {"llama": LLAMA_FIELDS, "gpt_neox": GPT_NEOX_FIELDS}
 BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias")
 
 
@@ -83,10 +84,14 @@ def infer_config(weight_map: WeightMap, facts: Mapping[str, Any]) -> tuple[GPTCo
     )
     sizes: dict[str, Any] = {key: facts[key] for key in ("vocab_size", "d_model", "n_layers", "d_ff", "tied")}
     sizes |= {"architecture": weight_map.architecture, "n_heads": heads, "head_dim": rows // heads}
-    if weight_map.architecture == "llama":
-        sizes |= {**LLAMA_FIELDS, "n_kv_heads": facts["kv_rows"] * heads // rows, "rope": Rope()}
-        sizes |= {"context_length": 2048}
-        assumed.append("context_length = 2048, norm_eps = 1e-05, rope theta = 10000 (not recorded in the file)")
+    if weight_map.architecture in FAMILY_FIELDS:
+        rope = Rope(dims=rows // heads // 4 // 2 * 2 if weight_map.architecture == "gpt_neox" else 0)
+        sizes = FAMILY_FIELDS[weight_map.architecture] | sizes
+        sizes |= {"n_kv_heads": facts["kv_rows"] * heads // rows, "rope": rope, "context_length": 2048}
+        turned = f", rope dims = {rope.dims}, parallel_residual = true" if rope.dims else ""
+        assumed.append(
+            f"context_length = 2048, norm_eps = 1e-05, rope theta = 10000{turned} (not recorded in the file)"
+        )
     else:
         sizes |= {"context_length": facts.get("context_length", 1024)}
         if 50_257 <= facts["vocab_size"] <= 50_304:

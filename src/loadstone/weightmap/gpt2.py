@@ -52,10 +52,10 @@ MASKS = (
 )
 
 # transformers' Conv1D stores [in, out].
-HF = WeightMap("gpt2", "hf", _huggingface_names(Transpose()), MASKS, orientation="[in, out]")
+HF = WeightMap("gpt2", "hf", _huggingface_names(Transpose()), MASKS, orientation="[in, out]", prefix="transformer.")
 
 # nanoGPT: the same names over nn.Linear.
-NANOGPT = WeightMap("gpt2", "nanogpt", _huggingface_names(), MASKS)
+NANOGPT = WeightMap("gpt2", "nanogpt", _huggingface_names(), MASKS, prefix="transformer.", shares_head=True)
 
 # OpenAI's TensorFlow graph: Conv1D kernels are [1, in, out]; norms are g and b; there is no head, it is wte.
 CONV1D = (Squeeze(), Transpose())
@@ -111,7 +111,8 @@ RASCHKA = WeightMap(
         _keep("final_norm.shift", "norm.bias"),
         _keep("out_head.weight", "head.weight"),
     ),
-    (Ignore("trf_blocks.{i}.att.mask", CAUSAL_MASK, "mask"),),
+    (Ignore("trf_blocks.{i}.att.mask", CAUSAL_MASK, "mask", written=True),),
+    shares_head=True,
 )
 
 # The lesson of document 002: HuggingFace's c_attn and c_proj inside `blocks`, fc1 and fc2, all nn.Linear.
@@ -131,6 +132,7 @@ LESSON = WeightMap(
         _keep("lm_head.weight", "head.weight"),
     ),
     (Ignore("blocks.{i}.attn.bias", CAUSAL_MASK, "mask"),),
+    shares_head=True,
 )
 
 # GGUF, as llama.cpp's converter writes it: matrices already turned to [out, in], q, k, v fused.

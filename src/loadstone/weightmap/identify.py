@@ -15,12 +15,12 @@ from ..checkpoint.base import Checkpoint
 from ..checkpoint.wording import few
 from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai
 from ..errors import ConfigError, LoadstoneError, PlanError
-from . import gpt2, llama, own
+from . import gpt2, gpt_neox, llama, own
 from .facts import infer_config, read_facts
 from .plan import LoadPlan, make_plan, unwrap
 from .rules import WeightMap
 
-TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES + own.TABLES
+TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES + gpt_neox.TABLES + own.TABLES
 
 
 @dataclass
@@ -93,9 +93,9 @@ def _faults(plan: LoadPlan) -> int:
 
 def _by_names(checkpoint: Checkpoint, tables: Iterable[WeightMap]) -> list[WeightMap]:
     """The tables that explain the most names; several only if they share their names."""
-    stems = {unwrap(name)[0] for name in checkpoint.tensors}
     scores = {}
     for table in tables:
+        stems = {unwrap(name, table)[0] for name in checkpoint.tensors}
         layers = table.count_layers(stems)
         claimed = {rule.source for rule in table.expand(layers)} & stems
         if layers and claimed:
@@ -116,7 +116,7 @@ def _unknown_names(checkpoint: Checkpoint, dialect: str | None) -> str:
     shown = ", ".join(names[:3]) if names else "none at all"
     return (
         f"{checkpoint.path}: the {len(names)} tensor names ({shown}{', ...' if len(names) > 3 else ''}) belong to no "
-        f"known dialect ({', '.join(table.name for table in TABLES)}). Is this a GPT-2 or Llama checkpoint? "
+        f"known dialect ({', '.join(table.name for table in TABLES)}). Is this a GPT-2, Llama or GPT-NeoX checkpoint? "
         "`loadstone inspect --tensors` lists them; CONTRIBUTING.md shows how a dialect is added."
     )
 
@@ -128,7 +128,7 @@ def _with_table(
     ignore: tuple[str, ...],
     ignore_config: tuple[str, ...],
 ) -> Identity:
-    shapes = {unwrap(name)[0]: info.shape for name, info in checkpoint.tensors.items() if name not in ignore}
+    shapes = {unwrap(name, table)[0]: info.shape for name, info in checkpoint.tensors.items() if name not in ignore}
     facts = read_facts(table, shapes)
     one_storage = _is_one_storage(checkpoint, table)
     twice = not facts["tied"] and not one_storage
@@ -156,7 +156,7 @@ def _with_table(
 def _is_one_storage(checkpoint: Checkpoint, table: WeightMap) -> bool:
     """Whether the file itself records head and embedding as the same bytes."""
     pair = {table.source_of("head.weight"), table.source_of("tok_emb.weight")}
-    return any({unwrap(alias)[0], unwrap(name)[0]} == pair for alias, name in checkpoint.aliases.items())
+    return any({unwrap(alias, table)[0], unwrap(name, table)[0]} == pair for alias, name in checkpoint.aliases.items())
 
 
 def _find_config(

@@ -31,6 +31,7 @@ HF = WeightMap(
         Rule("lm_head.weight", ("head.weight",)),
     ),
     (Ignore("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary frequencies, a buffer", "vector"),),
+    prefix="model.",
 )
 
 # Meta's own releases, and llama2.c's.
@@ -56,6 +57,7 @@ META = WeightMap(
         Ignore("freqs_cos", "rotary table, a buffer"),
         Ignore("freqs_sin", "rotary table, a buffer"),
     ),
+    shares_head=True,
 )
 
 GGUF = WeightMap(

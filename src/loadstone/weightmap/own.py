@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import GPTConfig, Rope
-from ..config.others import LLAMA_FIELDS
+from ..config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from .canonical import parameter_shapes
 from .rules import LAYER, Rule, WeightMap
 
@@ -14,6 +14,7 @@ _WHOLE = {
         1, 1, 2, 1, 1, architecture="llama", rope=Rope(), tied=False,
         **(LLAMA_FIELDS | dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), True)),
     ),
+    "gpt_neox": GPTConfig(1, 1, 8, 1, 1, architecture="gpt_neox", rope=Rope(dims=2), **GPT_NEOX_FIELDS),
 }  # fmt: skip
 
 

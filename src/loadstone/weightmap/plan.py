@@ -20,20 +20,24 @@ from .ops import Op, apply_shapes
 from .rules import Rule, WeightMap
 
 # What programs put before a model's own names: DistributedDataParallel, torch.compile, HuggingFace's and others' heads.
-WRAPPERS = ("module.", "_orig_mod.", "transformer.", "model.", "base_model.", "gpt.")
+WRAPPERS = ("module.", "_orig_mod.", "transformer.", "model.", "base_model.", "gpt.", "gpt_neox.")
 
 GIVEN_UP = "given up by the caller"
 
 
-def unwrap(name: str) -> tuple[str, str]:
-    """(name without wrappers, the wrappers removed). They nest in any order: `_orig_mod.module.wte.weight`."""
+def unwrap(name: str, weight_map: WeightMap | None = None) -> tuple[str, str]:
+    """(name without wrappers, the wrappers removed). They nest in any order: `_orig_mod.module.wte.weight`.
+
+    With a table, a name that it calls a synonym comes out as the table's own.
+    """
     start, found = 0, True
     while found:
         found = False
         for wrapper in WRAPPERS:
             if name.startswith(wrapper, start) and len(name) > start + len(wrapper):
                 start, found = start + len(wrapper), True
-    return name[start:], name[:start]
+    stem = name[start:]
+    return (weight_map.synonyms.get(stem, stem) if weight_map else stem), name[:start]
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def make_plan(
         if name in dropped:
             plan.ignored[name] = GIVEN_UP
             continue
-        stem, prefix = unwrap(name)
+        stem, prefix = unwrap(name, weight_map)
         by_stem[stem].append(name)
         if prefix:
             plan.prefixes[prefix] = plan.prefixes.get(prefix, 0) + 1

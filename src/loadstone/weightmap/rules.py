@@ -6,8 +6,8 @@ drops the mask buffers by that suffix drops twelve real biases.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ..config import GPTConfig
 from .ops import Op
@@ -38,12 +38,14 @@ class Ignore:
     """A tensor that is no parameter, and why. `{p}` stands for any name that a rule of the table claims.
 
     `kind` says what shape such a tensor has, so that a real parameter under the same name is not dropped: `mask` is
-    [..., T, T], `scalar` has one element, `vector` one dimension, `any` is not checked.
+    [..., T, T], `scalar` has one element, `vector` one dimension, `any` is not checked. `written`: the program's strict
+    loading asks for it, so an export holds it (masks only: ones above the diagonal).
     """
 
     source: str
     reason: str
     kind: str = "any"
+    written: bool = False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         if self.kind == "mask":
@@ -63,6 +65,10 @@ class WeightMap:
             off. Targets are disjoint: a double claim is refused at construction.
         ignored: buffers and optimizer slots.
         orientation: how the file stores linear weights, for the report: "[out, in]" or "[in, out]".
+        prefix: what the dialect's own program writes before every name but the head's.
+        shares_head: a tied head is written too, as a second name of the embedding's bytes, because the program's
+            strict loading asks for it.
+        synonyms: another name -> the rule's, where a program changed one.
     """
 
     architecture: str
@@ -70,6 +76,9 @@ class WeightMap:
     rules: tuple[Rule, ...]
     ignored: tuple[Ignore, ...] = ()
     orientation: str = "[out, in]"
+    prefix: str = ""
+    shares_head: bool = False
+    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for side in ([rule.source for rule in self.rules], [t for rule in self.rules for t in rule.target]):
@@ -83,6 +92,10 @@ class WeightMap:
     def source_of(self, target: str) -> str | None:
         """The dialect's name (or template) for one parameter, if it has one."""
         return next((rule.source for rule in self.rules if target in rule.target), None)
+
+    def written_name(self, rule: Rule) -> str:
+        """The whole name under which the dialect's own program stores what `rule` claims."""
+        return rule.source if rule.target == ("head.weight",) else self.prefix + rule.source
 
     def expand(self, n_layers: int) -> Iterator[Rule]:
         """Every rule for a model of so many layers, in the order of the table."""
