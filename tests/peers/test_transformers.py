@@ -22,6 +22,15 @@ LLAMA = SIZES | {
     "num_key_value_heads": 2, "max_position_embeddings": 80,
 }  # fmt: skip
 GPT2 = SIZES | {"n_positions": 80, "n_embd": 48, "n_layer": 3, "n_head": 4}
+NEOX = SIZES | {
+    "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "max_position_embeddings": 80,
+}  # fmt: skip
+FAMILIES = {
+    "GPT2": (GPT2, "GPT2LMHeadModel"),
+    "Llama": (LLAMA, "LlamaForCausalLM"),
+    "GPTNeoX": (NEOX, "GPTNeoXForCausalLM"),
+}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 20, "rope_theta": 1e4,
@@ -42,15 +51,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, yarn rope": ("Llama", {"rope_parameters": YARN}),
     "llama, another theta and eps": ("Llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
                                                "rms_norm_eps": 1e-3}),
+    "neox": ("GPTNeoX", {}),
+    "neox, sequential": ("GPTNeoX", {"use_parallel_residual": False}),
+    "neox, half of a head turned": ("GPTNeoX", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                                                                    "rope_type": "default"}}),
+    "neox, another activation": ("GPTNeoX", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
 }  # fmt: skip
 
 
 def hostile(name: str) -> Any:
     """Random norms and biases and sigma 0.2: default initialisation hides whole classes of faults."""
     family, options = CASES[name]
-    config = getattr(transformers, f"{family}Config")(**((GPT2 if family == "GPT2" else LLAMA) | options))
+    sizes, class_name = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**(sizes | options))
     torch.manual_seed(0)
-    class_name = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}[family]
     model = getattr(transformers, class_name)(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -89,7 +103,7 @@ def test_the_parity_check_can_fail(tmp_path: Path) -> None:
     assert not report.ok
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
 def test_greedy_tokens(name: str) -> None:
     theirs = hostile(name)
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
