@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Reply:
     """An answer. `length` is the Content-Length that is claimed: None for the true one, -1 for none at all.
 
     `drop_after` closes the connection after so many bytes of the body; with `hold`, only once that event is set.
+    With `drip` the body comes byte by byte, so many seconds apart.
     """
 
     status: int = 200
@@ -42,6 +44,7 @@ class Reply:
     length: int | None = None
     drop_after: int | None = None
     hold: threading.Event | None = None
+    drip: float = 0
 
 
 Handler = Callable[[Seen], Reply]
@@ -119,7 +122,10 @@ class Loopback:
                 self.close_connection = True
                 if self.command != "HEAD":
                     with suppress(OSError):  # the client has had enough
-                        self.wfile.write(reply.body[: reply.drop_after])
+                        body = reply.body[: reply.drop_after]
+                        for piece in [body[i : i + 1] for i in range(len(body))] if reply.drip else [body]:
+                            self.wfile.write(piece)  # unbuffered
+                            time.sleep(reply.drip)
                     if reply.hold:
                         self.wfile.flush()
                         reply.hold.wait(20)

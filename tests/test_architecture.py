@@ -21,8 +21,8 @@ LAYERS = [
     {"model", "checkpoint"},
     {"weightmap", "sampling"},
     {"tokenizer"},
-    {"load"},
-    {"diagnose", "generate", "report", "diff", "sizes", "certificate"},
+    {"load", "certificate"},
+    {"diagnose", "generate", "report", "diff", "sizes", "layouts"},
     {"verify"},
     {"convert"},
     {"chat"},
@@ -41,6 +41,7 @@ TORCH_FREE = (
     "diff",
     "sizes",
     "certificate",
+    "layouts",
     "convert",
 )
 

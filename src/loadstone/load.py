@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import open_checkpoint
+from .checkpoint.arrays import same_bits
 from .checkpoint.base import Array, Checkpoint, TensorInfo
 from .errors import PlanError, TokenizerError
 from .weightmap import Identity, apply, identify, make_plan
@@ -148,7 +149,7 @@ def settle_tie(identity: Identity) -> None:
     untied_by_config = identity.tie_is_known and not identity.config.tied
     if not plan.clean or head is None or embedding is None or untied_by_config:
         return
-    equal = _equal(checkpoint.read(head), checkpoint.read(embedding))
+    equal = same_bits(checkpoint.read(head), checkpoint.read(embedding))
     if identity.tie_is_known and not equal:
         raise PlanError(
             f"{checkpoint.path}: {identity.config_source} says that head and embedding are tied, but {head} "
@@ -269,11 +270,3 @@ def _assign(model: GPT, name: str, tensor: torch.Tensor) -> None:
     if tensor.shape != expected:
         raise AssertionError(f"{name}: planned {tuple(expected)}, got {tuple(tensor.shape)}")
     setattr(module, leaf, torch.nn.Parameter(tensor))
-
-
-def _equal(a: Array, b: Array, rows: int = 4096) -> bool:
-    """Bit-for-bit equality, a few rows at a time so that no array of the model's size is made."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    raw = np.dtype(f"u{a.dtype.itemsize}")
-    return all(np.array_equal(a[i : i + rows].view(raw), b[i : i + rows].view(raw)) for i in range(0, len(a), rows))

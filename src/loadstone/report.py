@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from .checkpoint.base import Checkpoint
-from .checkpoint.wording import size_text
-from .weightmap import Identity, LoadPlan, Step, parameter_shapes
+from .checkpoint.wording import folded, layer_template, size_text
+from .weightmap import Identity, LoadPlan, Step
+from .weightmap.canonical import parameter_count
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -40,18 +39,13 @@ def identity_facts(identity: Identity) -> dict[str, Any]:
         "config": asdict(identity.config),
         "config_source": identity.config_source,
         "assumed": identity.assumed,
-        "parameters": parameter_count(identity),
+        "parameters": parameter_count(identity.config),
         "tie": tie_text(identity),
         "orientation": {"stored": identity.weight_map.orientation, "agree": agree, "of": able},
         "prefixes": plan.prefixes,
         "not_parameters": plan.ignored,
         "problems": plan.problems(),
     }
-
-
-def parameter_count(identity: Identity) -> int:
-    """Elements of all parameters, a tied head counted once."""
-    return sum(math.prod(shape) for shape in parameter_shapes(identity.config).values())
 
 
 def tie_text(identity: Identity) -> str:
@@ -89,7 +83,7 @@ def _model_lines(identity: Identity) -> Iterator[tuple[str, str]]:
     )
     yield (
         "size",
-        f"{parameter_count(identity):,} parameters: {config.n_layers} layers, width {config.d_model}, {heads} of "
+        f"{parameter_count(config):,} parameters: {config.n_layers} layers, width {config.d_model}, {heads} of "
         f"{config.head_dim}, MLP {config.d_ff}, vocabulary {config.vocab_size:,}, context {config.context_length:,}",
     )
     yield "config", f"from {identity.config_source}"
@@ -120,10 +114,11 @@ def plan_rows(plan: LoadPlan, *, fold: bool = True) -> list[dict[str, Any]]:
         return [_row(step, step.source, list(step.targets), 1) for step in plan.steps]
     groups: dict[tuple[Any, ...], list[Step]] = {}
     for step in plan.steps:
-        key = (_template(step.source), tuple(map(_template, step.targets)), step.source_shape, step.dtype, step.ops)
+        names = tuple(map(layer_template, (step.source, *step.targets)))
+        key = (names, step.source_shape, step.dtype, step.ops)
         groups.setdefault(key, []).append(step)
     return [
-        _row(steps[0], _folded([s.source for s in steps]), _folded_targets(steps), len(steps))
+        _row(steps[0], folded([s.source for s in steps]), _folded_targets(steps), len(steps))
         for steps in groups.values()
     ]
 
@@ -139,22 +134,8 @@ def _row(step: Step, source: str, targets: list[str], count: int) -> dict[str, A
     }
 
 
-def _template(name: str) -> str:
-    return re.sub(r"\d+", "#", name, count=1)
-
-
-def _folded(names: list[str]) -> str:
-    """`h.0.x`, `h.1.x`, `h.2.x` -> `h.{0..2}.x`; a single name stays."""
-    numbers = sorted(int(found.group()) for name in names if (found := re.search(r"\d+", name)))
-    if len(names) == 1 or len(numbers) != len(names):
-        return names[0]
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    shown = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
-    return re.sub(r"\d+", f"{{{shown}}}", names[0], count=1)
-
-
 def _folded_targets(steps: list[Step]) -> list[str]:
-    return [_folded([step.targets[i] for step in steps]) for i in range(len(steps[0].targets))]
+    return [folded([step.targets[i] for step in steps]) for i in range(len(steps[0].targets))]
 
 
 def plan_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

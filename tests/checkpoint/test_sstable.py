@@ -156,10 +156,10 @@ def test_a_key_bomb_is_refused() -> None:
     """Each entry adds a byte to a key of 64 KiB: 300 KB of file would be 5 GB of keys."""
     entries = b"\0" + varint(2**16) + b"\0" + bytes(2**16)
     entries += b"".join(varint(2**16 + i) + b"\1\0x" for i in range(80_000))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CorruptError, match="expand beyond all measure"):
         read(one_block(entries + bytes(4)))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_reading_is_lazy() -> None:
@@ -268,9 +268,9 @@ def test_long_copies_from_far_back_do_not_take_quadratic_time() -> None:
     size, count = 2**23, 50_000
     literal = bytes([62 << 2]) + (size - 1).to_bytes(3, "little") + bytes(size)
     copies = b"".join(bytes([3]) + struct.pack("<I", size + i) for i in range(count))
-    start = time.perf_counter()
+    start = time.process_time()
     assert snappy_decompress(varint(size + count) + literal + copies) == bytes(size + count)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # --- protobuf

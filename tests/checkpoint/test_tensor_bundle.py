@@ -20,6 +20,7 @@ from bundle_writer import DATA_TYPES, entry, gpt2_tensors, of, write_bundle, wri
 from loadstone.checkpoint.base import DTYPES
 from loadstone.checkpoint.tensor_bundle import TensorBundle
 from loadstone.errors import FormatError, LoadstoneError, SourceError
+from mapped import lies_in
 
 # An index by TensorFlow 2.21 (`tf.raw_ops.SaveV2`): bool, string, float32, and a float16 partitioned at column 66.
 TENSORFLOW_INDEX = base64.b85decode(
@@ -121,24 +122,25 @@ def test_the_format_is_found_from_the_bytes_not_from_the_name(gpt2: Path, tmp_pa
     assert_reads(tmp_path / "checkpoint", gpt2_tensors())
 
 
-def test_what_is_read_is_a_view_that_may_be_written_and_never_reaches_the_file(gpt2: Path) -> None:
-    before = {file.name: file.read_bytes() for file in gpt2.iterdir()}
-    bundle = TensorBundle(gpt2)
-    array = bundle.read("model/wte")
-    assert not array.flags.owndata
-    array += 1
-    assert np.array_equal(bundle.read("model/wte"), array), "the same pages, and no second checksum"
-    assert {file.name: file.read_bytes() for file in gpt2.iterdir()} == before
-    assert_reads(gpt2, gpt2_tensors())
+def test_what_is_read_is_a_view_that_may_be_written_and_never_reaches_the_file(tmp_path: Path) -> None:
+    expected = {"b": np.arange(8, dtype=np.float32), "w": np.arange(40_000, dtype=np.float32).reshape(200, 200)}
+    write_bundle(tmp_path / "m", expected)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    bundle = TensorBundle(tmp_path)
+    for name in expected:
+        array = bundle.read(name)
+        assert lies_in(array, tmp_path / "m.data-00000-of-00001") == (name == "w")
+        array += 1
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert_reads(tmp_path, expected)
 
 
 def test_unaligned_tensors_are_aligned_copies(tmp_path: Path) -> None:
-    expected = {"a_step": np.array(3, np.int64), "flag": np.array(True), "w": np.arange(6, dtype=np.float32)}
+    expected = {"a_step": np.array(3, np.int64), "flag": np.array(True), "w": np.ones(20_000, np.float32)}
     write_bundle(tmp_path / "m", expected)
     bundle = assert_reads(tmp_path, expected)
     assert bundle.read("w").flags.aligned
     assert bundle.read("w").flags.owndata
-    assert not bundle.read("a_step").flags.owndata
 
 
 def test_nothing_but_empty_tensors(tmp_path: Path) -> None:
@@ -271,10 +273,10 @@ def test_an_escape_that_is_no_number_stands_for_itself(gpt2: Path) -> None:
 )
 def test_a_file_that_is_no_checkpoint_is_refused_soon(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "checkpoint").write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FormatError, match="checkpoint: it is neither the index of a TensorFlow checkpoint nor a text"):
         TensorBundle(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_folder_without_a_state_file(gpt2: Path) -> None:

@@ -309,20 +309,20 @@ def test_a_slice_named_many_times_is_decoded_once(tmp_path: Path) -> None:
     stored = of(bytes(2), 6, (2,)) + message((99, 1)) * 300_000
     listed = [(7, message((1, message((2, 2)))))] * 30_000
     index = write_raw(tmp_path, {slice_key("w", [(0, 2)]): stored, b"w": entry(6, (2,), slices=listed)}, bytes(2))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FormatError, match="or twice"):
         TensorBundle(index)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_bomb_of_shard_numbers_is_refused_at_once(tmp_path: Path) -> None:
     entries = {b"%06d" % i: of(b"\0", 6, (1,), shard=i) for i in range(20_000)}
     index = tmp_path / "m.index"
     index.write_bytes(table([(b"", header(2**31 - 1)), *sorted(entries.items())], block_size=1))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FormatError, match=r"m\.data-00000-of-2147483647: this data shard is missing"):
         TensorBundle(index)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_checksum_of_more_than_32_bits_is_a_mismatch(tmp_path: Path) -> None:
@@ -330,3 +330,22 @@ def test_a_checksum_of_more_than_32_bits_is_a_mismatch(tmp_path: Path) -> None:
     bundle = TensorBundle(write_raw(tmp_path, {b"w": wide}, bytes(8)))
     with pytest.raises(FormatError, match=r"tensor 'w' .* is damaged: masked CRC32C 10000000000 expected"):
         bundle.read("w")
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    """Neither those of data shards, nor those behind which the prefix of a `checkpoint` file lies."""
+    private, folder = tmp_path / "private", tmp_path / "folder"
+    folder.mkdir()
+    write_bundle(private / "m", {"w": np.ones(3, np.float32)})
+    for file in private.iterdir():
+        (folder / file.name).symlink_to(file)
+    assert TensorBundle(folder).read("w").tolist() == [1, 1, 1], "all of it is a link to one folder"
+    for name in ("checkpoint", "m.index"):
+        (folder / name).unlink()
+        (folder / name).write_bytes((private / name).read_bytes())
+    with pytest.raises(FormatError, match=r"it names 'm.data-00000-of-00001', which is a link out of its folder, to"):
+        TensorBundle(folder)
+    (folder / "sub").symlink_to(private)
+    (folder / "checkpoint").write_text('model_checkpoint_path: "sub/m"')
+    with pytest.raises(FormatError, match=r"it names 'sub/m.index', which is a link out of its folder, to"):
+        TensorBundle(folder)

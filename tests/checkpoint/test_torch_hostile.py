@@ -271,7 +271,7 @@ def test_entries_that_share_bytes(here: Path) -> None:
         (8, struct.pack("<H", 1), "is encrypted or compressed in an unusual way"),
         (10, struct.pack("<H", 12), "is encrypted or compressed in an unusual way"),
         (20, struct.pack("<I", 1 << 30), "does not lie where"),
-        (24, struct.pack("<I", 1 << 30), "declares 1,073,741,824 bytes, which 24 stored cannot hold"),
+        (24, struct.pack("<I", 1 << 30), "declares 1,073,741,824 bytes and stores 24"),
         (24, struct.pack("<I", 23), "storage '0' has 23 bytes; its pickle says 24"),
         (10, struct.pack("<H", 8), "does not decompress"),
     ],

@@ -7,8 +7,6 @@ in a blink. bf16 and fp8 are numpy arrays through `ml_dtypes`.
 from __future__ import annotations
 
 import math
-import mmap
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +18,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FormatError, LoadstoneError
+from ..errors import LoadstoneError
 
 Array = NDArray[Any]
-
-# Without it Linux refuses to map a file larger than the memory copy-on-write, as every page might be written to.
-_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # Our names for element types (numpy's own where numpy has one), and the numpy dtype that `read` returns for each.
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -106,21 +101,13 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Array:
         """The tensor as an array of `info(name).shape`.
 
-        Zero-copy where the container allows: the array is then a view of the file, mapped copy-on-write (writing to
-        it changes memory, never the file). Block-quantised types come back as float32.
-        Raises FormatError if the bytes are damaged.
+        Zero-copy where the container allows: the array is then a view of the file, of which just this tensor is mapped,
+        copy-on-write (writing to it changes memory, never the file). Block-quantised types come back as float32.
+        Raises FormatError if the bytes are damaged, or the file was changed since it was opened.
         """
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Map a whole file copy-on-write, so that what is loaded may also be trained. Raises FormatError if empty."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            raise FormatError(path, "the file is empty (0 bytes).", "Download or copy it again.")
-        return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def view(buffer: mmap.mmap | memoryview | bytes, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def view(buffer: memoryview | bytes, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """A `shape` array over `buffer` at byte `offset`; a copy only if the offset breaks the type's alignment.
 
     The caller has checked that the bytes are there.

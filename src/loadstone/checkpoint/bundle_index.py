@@ -15,7 +15,8 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FormatError
-from .base import DTYPES, map_file
+from .base import DTYPES
+from .datafile import DataFile
 from .protobuf import CorruptError, Message
 from .sstable import read_table
 
@@ -28,6 +29,7 @@ TYPES: Mapping[int, str] = dict(
         start=1,
     )
 )
+MAX_INDEX = 100_000_000  # bytes; that of a model with 100,000 tensors has some 5 million
 VERSION = 1  # of the tensor bundle format, since 2016
 _SLICE = b"\0"  # the ordered code of 0, with which the key of every slice begins
 _RESAVE = "Load it where it was written, and save it again in the usual form."
@@ -69,7 +71,10 @@ def read_index(path: Path) -> tuple[int, dict[str, Entry]]:
 
 
 def _read(path: Path) -> tuple[int, dict[str, Entry]]:
-    rows = read_table(memoryview(map_file(path)))
+    file = DataFile(path)
+    if len(file) > MAX_INDEX:
+        raise FormatError(path, f"it has {len(file):,} bytes, and no index has more than {MAX_INDEX:,}.", _RESAVE)
+    rows = read_table(memoryview(file.map(0, len(file))))
     key, header = next(rows, (b"?", b""))
     if key != b"":
         raise CorruptError("it is a sorted string table without the header of a TensorFlow checkpoint.")

@@ -17,7 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,11 +26,14 @@ import requests
 from urllib3.exceptions import HTTPError as TransportError
 
 from ..errors import SourceError
+from .part_file import Origin, description_of, discard, part_of, recall, received
 from .wording import size_text
 
 ATTEMPTS = 5  # per mirror; each next one resumes where the last one stopped
 CHUNK = 64 * 1024  # bytes; a drop loses at most one chunk
 TIMEOUT = (10, 60)  # seconds to connect, seconds of silence while reading
+SLOWEST = (60_000, 60)  # bytes in so many seconds; a server that drips less holds the user up, whatever it says
+LONGEST_WAIT = 120  # seconds that a server may ask for (Retry-After) before the next attempt
 WORTH_A_LINE = 10_000_000  # bytes; smaller downloads are not announced
 
 # What servers send, with status 200, instead of the file that was asked for.
@@ -42,24 +46,15 @@ IMPOSTORS = {
 
 
 class _AttemptFailedError(Exception):
-    """One attempt failed; the same mirror may do better."""
+    """One attempt failed; the same mirror may do better, after so many seconds if it asks for them."""
+
+    def __init__(self, problem: str, wait: float = 0) -> None:
+        super().__init__(problem)
+        self.wait = wait
 
 
 class _MirrorFailedError(Exception):
     """A mirror will not serve the file; another one may."""
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What the server said of the whole file when the part file was begun.
-
-    `mirror` is a hash of the URL (which may hold a secret). An empty `validator` means that the part cannot be resumed.
-    """
-
-    mirror: str
-    validator: str
-    length: int | None
-    md5: str
 
 
 def fetch(
@@ -68,7 +63,7 @@ def fetch(
     *,
     sha256: str = "",
     progress: bool = False,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] | None = None,
 ) -> Path:
     """Download one file, from the first of several mirrors that serves it whole. The caller holds `locked(target)`.
 
@@ -77,7 +72,7 @@ def fetch(
         target: the final path; its folder is made.
         sha256: hex digest of the file, where known.
         progress: show a bar on standard error.
-        sleep: waits between attempts, in seconds.
+        sleep: waits between attempts, in seconds; `time.sleep` if not given.
 
     Raises:
         SourceError: no mirror served it (each is listed with its reason), or it does not fit on the disk.
@@ -86,7 +81,7 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for url in urls:
-            problem = _from_mirror(url, target, sha256, progress, sleep, patient=url == urls[-1])
+            problem = _from_mirror(url, target, sha256, progress, sleep or time.sleep, patient=url == urls[-1])
             if problem is None:
                 return target
             failures.append(f"{shown(url)}: {problem}")
@@ -95,7 +90,7 @@ def fetch(
             f"{target}: cannot be written ({error.strerror or error}). Free some space, or set LOADSTONE_CACHE to a "
             "folder on another disk; what has arrived is kept."
         ) from None
-    origin = _recall(target)
+    origin = recall(target)
     kept = " What has arrived is kept: the same command resumes." if origin and origin.validator else ""
     raise SourceError(f"{target.name}: could not be downloaded. " + "; ".join(failures) + f".{kept}")
 
@@ -107,30 +102,30 @@ def _from_mirror(
 
     One that is not `patient` is left for the next mirror as soon as an attempt brings nothing.
     """
-    problem = ""
+    problem, asked = "", 0.0
     for attempt in range(ATTEMPTS):
         if attempt:
-            wait = 0.5 * 2**attempt
+            wait = max(0.5 * 2**attempt, asked)
             say(f"{target.name}: {problem}; trying again in {wait:.0f} s")
             sleep(wait)
-        before = _received(target)
+        before = received(target)
         try:
             _attempt(url, target, sha256, progress)
             return None
         except (_MirrorFailedError, requests.exceptions.SSLError, requests.exceptions.TooManyRedirects) as error:
             return _reason(error)
         except (_AttemptFailedError, requests.RequestException, TransportError) as error:
-            problem = _reason(error)
+            problem, asked = _reason(error), getattr(error, "wait", 0.0)
             if isinstance(error, ValueError):  # how requests marks an address that is no address
                 return problem
-            if not patient and _received(target) <= before:
+            if not patient and received(target) <= before:
                 return problem
     return f"{problem} ({ATTEMPTS} attempts)"
 
 
 def _attempt(url: str, target: Path, sha256: str, progress: bool) -> None:
     """One request: the whole file, or the rest of it if a part can be resumed."""
-    mirror, origin, have = hashlib.sha256(url.encode()).hexdigest(), _recall(target), _received(target)
+    mirror, origin, have = hashlib.sha256(url.encode()).hexdigest(), recall(target), received(target)
     if origin is None or origin.mirror != mirror or not origin.validator:
         have = 0
     headers = {"Accept-Encoding": "identity"}  # offsets and lengths must count the file's own bytes
@@ -147,22 +142,35 @@ def _attempt(url: str, target: Path, sha256: str, progress: bool) -> None:
     _finish(target, origin, sha256, resumed)
 
 
-def _begin(response: requests.Response, target: Path, mirror: str) -> _Origin:
+def _begin(response: requests.Response, target: Path, mirror: str) -> Origin:
     """Start over: forget what was there, and remember what the server says of the file."""
     status = response.status_code
     if status in (408, 429) or status >= 500:
-        raise _AttemptFailedError(f"the server answered {status} {response.reason}")
+        wait = _retry_after(response.headers.get("Retry-After", ""))
+        if wait > LONGEST_WAIT:
+            raise _MirrorFailedError(f"the server answered {status} {response.reason}, and asks to wait {wait:.0f} s")
+        raise _AttemptFailedError(f"the server answered {status} {response.reason}", wait)
     if status != 200:
         raise _MirrorFailedError(f"the server answered {status} {response.reason}")
     discard(target)  # in this order: a part file never lies beside another file's description
     length = response.headers.get("Content-Length", "")
     known = int(length) if re.fullmatch(r"\d{1,18}", length) else None
-    origin = _Origin(mirror, _validator(response), known, response.headers.get("Content-MD5", ""))
-    _description(target).write_text(json.dumps(asdict(origin)))
+    origin = Origin(mirror, _validator(response), known, response.headers.get("Content-MD5", ""))
+    description_of(target).write_text(json.dumps(asdict(origin)))
     return origin
 
 
-def _continue(response: requests.Response, target: Path, origin: _Origin, have: int) -> _Origin:
+def _retry_after(text: str) -> float:
+    """Seconds to wait: a number of them, or a date (RFC 9110, 10.2.3); 0 for anything else."""
+    if re.fullmatch(r"\d{1,9}", text.strip()):
+        return float(text)
+    try:
+        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _continue(response: requests.Response, target: Path, origin: Origin, have: int) -> Origin:
     """Check that the answer to a Range request is the rest of the very same file, or that nothing is left (416)."""
     pattern = rf"bytes {have}-\d+/(\d{{1,18}}|\*)" if response.status_code == 206 else r"bytes \*/(\d{1,18})"
     found = re.fullmatch(pattern, response.headers.get("Content-Range", "").strip())
@@ -175,7 +183,7 @@ def _continue(response: requests.Response, target: Path, origin: _Origin, have: 
     raise _AttemptFailedError("the file changed on the server while it was being downloaded")
 
 
-def _receive(response: requests.Response, target: Path, origin: _Origin, progress: bool) -> None:
+def _receive(response: requests.Response, target: Path, origin: Origin, progress: bool) -> None:
     """Append the body to the part file."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -184,7 +192,7 @@ def _receive(response: requests.Response, target: Path, origin: _Origin, progres
     if encoding != "identity":
         discard(target)
         raise _MirrorFailedError(f"the server insists on {encoding} compression")
-    have = _received(target)
+    have = received(target)
     need = max((origin.length or 0) - have, 0)
     if need < WORTH_A_LINE:
         check_space(need, target.parent)
@@ -192,15 +200,28 @@ def _receive(response: requests.Response, target: Path, origin: _Origin, progres
         announce(need, 1, target.parent)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress)
-    with _part(target).open("ab") as file, bar:
+    with part_of(target).open("ab") as file, bar:
         task = bar.add_task(target.name, total=origin.length, completed=have)
-        for chunk in response.iter_content(CHUNK):
+        for chunk in _chunks(response):
             if file.tell() == 0:
                 _refuse_impostor(chunk, target)
             file.write(chunk)
             bar.advance(task, len(chunk))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """The body as it arrives. Reading whole chunks would wait for ever on a server that sends a byte now and then."""
+    read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 has no read1
+    arrived, since = 0, time.monotonic()
+    while chunk := read(CHUNK):
+        yield chunk
+        arrived += len(chunk)
+        if (seconds := time.monotonic() - since) >= SLOWEST[1]:
+            if arrived < SLOWEST[0]:
+                raise _AttemptFailedError(f"the server sent only {arrived} bytes in {seconds:.0f} s")
+            arrived, since = 0, time.monotonic()
 
 
 def _refuse_impostor(start: bytes, target: Path) -> None:
@@ -211,9 +232,9 @@ def _refuse_impostor(start: bytes, target: Path) -> None:
             raise _MirrorFailedError(f"the server sent {what}")
 
 
-def _finish(target: Path, origin: _Origin, sha256: str, resumed: bool) -> None:
+def _finish(target: Path, origin: Origin, sha256: str, resumed: bool) -> None:
     """Check length and digests, then give the file its name."""
-    part, have = _part(target), _received(target)
+    part, have = part_of(target), received(target)
     if origin.length is not None and have < origin.length:
         raise _AttemptFailedError(f"the connection ended after {have} of {origin.length} bytes")
     problem = "the server sent an empty file" if have == 0 else ""
@@ -242,33 +263,6 @@ def _validator(response: requests.Response) -> str:
     """What If-Range accepts: a strong ETag, else Last-Modified (RFC 9110, 13.1.5), else nothing."""
     etag = response.headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-
-
-def _part(target: Path) -> Path:
-    return target.with_name(target.name + ".part")
-
-
-def _received(target: Path) -> int:
-    """Bytes in the part file."""
-    part = _part(target)
-    return part.stat().st_size if part.exists() else 0
-
-
-def _description(target: Path) -> Path:
-    return target.with_name(target.name + ".part.json")
-
-
-def _recall(target: Path) -> _Origin | None:
-    try:
-        return _Origin(**json.loads(_description(target).read_text()))
-    except (OSError, ValueError, TypeError):  # absent, or cut short when a process died
-        return None
-
-
-def discard(target: Path) -> None:
-    """Forget a part file: it is damaged, or the file is complete under its own name."""
-    _part(target).unlink(missing_ok=True)
-    _description(target).unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

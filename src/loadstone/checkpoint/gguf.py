@@ -6,7 +6,6 @@ On disk: magic, version, two counts, metadata key-values, tensor infos, padding,
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError
-from .base import DTYPES, Array, Checkpoint, TensorInfo, map_file, view
+from .base import DTYPES, Array, Checkpoint, TensorInfo, view
+from .datafile import DataFile
 from .wording import shown
 
 VERSIONS = (2, 3)
@@ -59,6 +59,7 @@ BLOCKS: Mapping[int, Block] = MappingProxyType(
         }.items()
     }
 )  # fmt: skip
+_BLOCK_NAMES = frozenset(block.name for block in BLOCKS.values())
 # Types that ggml has removed. Files with them exist, and nothing reads them any more.
 _REMOVED: Mapping[int, str] = MappingProxyType(
     {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
@@ -84,10 +85,14 @@ class _Entry:
 
 
 class Gguf(Checkpoint):
-    """One GGUF file, mapped copy-on-write. `metadata` holds its key-values as plain Python values.
+    """One GGUF file. `metadata` holds its key-values as plain Python values.
 
     A string that is not UTF-8 (a token that is half a character, say) keeps its bytes as surrogate escapes:
     `text.encode("utf-8", "surrogateescape")` gives them back. `notes` says which key has such strings.
+
+    Attributes:
+        key_bytes: metadata key -> the bytes that it and its value take in the file.
+        header_bytes: everything before the padding that precedes the tensors.
 
     Raises:
         FormatError: the file is truncated, damaged, or of another version or byte order.
@@ -95,11 +100,12 @@ class Gguf(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, format="gguf")
-        self._data = map_file(path)
+        self._data = DataFile(path)
         header = _Header(path, self._data)
         tensor_count = header.begin()
         self.metadata, self.notes = header.metadata, header.notes
         entries = header.entries(tensor_count)
+        self.key_bytes, self.header_bytes = header.key_bytes, header.at
         align = self.metadata.get("general.alignment", 32)
         if type(align) is not int or align <= 0 or align & (align - 1):
             raise FormatError(path, f"its general.alignment is {shown(align)}, which is no power of two.", _AGAIN)
@@ -110,20 +116,21 @@ class Gguf(Checkpoint):
             self.tensors[name] = TensorInfo(e.shape, _PLAIN.get(e.dtype, e.dtype), spans[name], path.name)
 
     def read(self, name: str) -> Array:
-        """A view of the mapped file, or float32 decoded from blocks.
+        """A view of the file, mapped, or float32 decoded from blocks.
 
         Raises FormatError for a block type that the installed `gguf` package cannot decode.
         """
-        info, place = self.info(name), self._places[name]
+        info = self.info(name)
+        data = self._data.tensor(self._places[name], info.nbytes)
         try:
             if dtype := DTYPES.get(info.dtype):
-                return view(self._data, place, info.shape, dtype)
-            out = np.empty(info.shape, np.float32)
+                return view(data, 0, info.shape, dtype)
+            out = np.empty(info.shape if info.dtype in _BLOCK_NAMES else 0, np.float32)
         except (ValueError, MemoryError) as error:  # an empty tensor with absurd dimensions, or a huge one
             problem = f"tensor {shown(name)} has a shape that numpy cannot hold ({error})."
             raise FormatError(self.path, problem, _AGAIN) from None
         try:
-            _decode(np.frombuffer(self._data, np.uint8, info.nbytes, place), info.dtype, out.reshape(-1))
+            _decode(np.frombuffer(data, np.uint8), info.dtype, out.reshape(-1))
         except (KeyError, NotImplementedError):
             problem = f"tensor {shown(name)} is {info.dtype}, which the gguf package cannot decode."
             hint = (
@@ -178,10 +185,12 @@ def _decode(blocks: NDArray[np.uint8], type_name: str, out: NDArray[np.float32])
 class _Header:
     """A cursor over the header. Every length is compared with the bytes that are left before anything is made of it."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
-        self.end = min(len(data), MAX_HEADER)
+    def __init__(self, path: Path, file: DataFile) -> None:
+        self.path, self.size, self.at = path, len(file), 0
+        self.end = min(self.size, MAX_HEADER)
+        self.data = file.map(0, self.end)
         self.metadata: dict[str, Any] = {}
+        self.key_bytes: dict[str, int] = {}
         self.notes: list[str] = []
         self._what = "its header"
 
@@ -193,12 +202,13 @@ class _Header:
         self._check_version(self._unpack(_U32))
         tensors = self._count("tensors", 8 + 4 + 4 + 8)
         for number in range(self._count("metadata keys", 8 + 4 + 1)):
-            self._what = f"metadata key {number}"
+            self._what, start = f"metadata key {number}", self.at
             key = self._name()
             self._what = f"the metadata key {shown(key)}"
             if key in self.metadata:
                 raise self._bad(f"{self._what} occurs twice.")
             self.metadata[key] = self._value(self._unpack(_U32))
+            self.key_bytes[key] = self.at - start
         return tensors
 
     def entries(self, count: int) -> dict[str, _Entry]:
@@ -245,7 +255,7 @@ class _Header:
         """Where the next `nbytes` bytes begin; the cursor moves behind them."""
         begin, self.at = self.at, self.at + nbytes
         if self.at > self.end:
-            limit = "its header is longer than" if self.end < len(self.data) else "it is truncated: the file ends at"
+            limit = "its header is longer than" if self.end < self.size else "it is truncated: the file ends at"
             raise self._bad(f"{limit} {self.end:,} bytes, in {self._what}.")
         return begin
 

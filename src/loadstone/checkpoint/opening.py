@@ -11,6 +11,7 @@ from types import MappingProxyType
 from ..errors import FormatError, SourceError
 from .base import Checkpoint
 from .gguf import Gguf
+from .links import leads_out
 from .safetensors import Safetensors
 from .shards import first_part, open_index, open_split, read_index
 from .sniff import Kind, Sniffed, sniff
@@ -121,6 +122,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         chosen = _choose(folder, best, groups[best])
         checkpoint = _open_file(chosen)
     aside = _left_aside(checkpoint, chosen, [file for group in _PRECEDENCE for file in groups.get(group, ())])
+    if chosen.is_file() and (elsewhere := leads_out(chosen)):
+        checkpoint.notes.append(f"{chosen.name} is a link to {elsewhere}")
     if aside:
         checkpoint.notes.append(f"opened {chosen.name}; left aside in this folder: {few(aside)}")
     return checkpoint

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .pickle_vm import GlobalRef, PickledDict, PickleVM, Record, printable
+from .pickle_vm import GlobalRef, PickleVM, Record, printable
 
 MAX_STEPS = 5_000_000  # opcodes in one pickle; a training checkpoint of GPT-2 XL has about 150,000
 MAX_INT_BYTES = 256  # a product of two stays printable: Python prints no integer of more than 4300 digits
@@ -59,9 +59,7 @@ def _obj(vm: PickleVM, _: None) -> None:
 
 def _build(vm: PickleVM, _: None) -> None:
     state, target = vm.pop(), vm.top()
-    if not isinstance(target, Record | PickledDict):
-        raise vm.fail(f"it sets the state of a {type(target).__name__}")
-    target.state = state
+    vm.set_state(target, state)
 
 
 def _extend(vm: PickleVM, items: list[Any]) -> None:
@@ -211,6 +209,13 @@ def _integer(line: bytes) -> int:
     return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line.removesuffix(b"L"))
 
 
+def _memo_index(line: bytes) -> int:
+    index = int(line)
+    if not 0 <= index < 1 << 32:  # as in the binary opcodes; larger ones could be made to collide
+        raise ValueError
+    return index
+
+
 def _quoted(vm: PickleVM) -> str:
     line = vm.line()
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[:1] != line[-1:]:
@@ -292,10 +297,10 @@ _TABLE: Mapping[bytes, tuple[_Argument, _Action]] = {
     b"\x90": (PickleVM.pop_mark, _add_items),
     b"s": (lambda vm: [vm.pop(), vm.pop()][::-1], _set_items),
     b"u": (PickleVM.pop_mark, _set_items),
-    b"g": (_decimal(int), _get),
+    b"g": (_decimal(_memo_index), _get),
     b"h": (_number("<B"), _get),
     b"j": (_number("<I"), _get),
-    b"p": (_decimal(int), _put),
+    b"p": (_decimal(_memo_index), _put),
     b"q": (_number("<B"), _put),
     b"r": (_number("<I"), _put),
     b"\x94": (lambda vm: len(vm.memo), _put),

@@ -23,6 +23,9 @@ from ..errors import FormatError
 MAX_LINE = 1 << 20  # bytes in one text argument (protocol 0)
 MAX_NAME = 1000  # characters in the name of a global
 MAX_KEY_NODES = 256  # values inside one dictionary key; hashing a tuple recurses in C
+# Python hashes numbers without a secret, so a file can choose keys that all collide: n of them take time n * n.
+MAX_ODD_KEYS = 2000  # dictionary keys and set members of one pickle for which that is so
+_SPREAD = 1 << 60  # integers up to here have hashes of their own
 
 _UNHASHABLE = (list, dict, set, bytearray)
 
@@ -37,6 +40,11 @@ _RENAMED = MappingProxyType(
         "torch.tensor": "torch._tensor",
     }
 )
+
+
+def usual_module(module: str) -> str:
+    """The name that today's Python and numpy 1 have for a module."""
+    return _RENAMED.get(module, module)
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -115,6 +123,7 @@ class PickleVM:
         self.marks: list[list[Any]] = []  # the stacks below each open MARK
         self.memo: dict[int, Any] = {}
         self._budget = 2 * (len(data) - position) + (1 << 16)
+        self._odd_keys = 0
 
     def fail(self, problem: str, hint: str = "Download or copy the file again.") -> FormatError:
         return FormatError(self.path, f"the pickle is damaged or hostile at byte {self.position}: {problem}.", hint)
@@ -165,7 +174,7 @@ class PickleVM:
     # -- values
 
     def find_global(self, module: str, name: str) -> GlobalRef:
-        module = _RENAMED.get(module, module)
+        module = usual_module(module)
         full_name = f"{module}.{name}"
         if len(full_name) > MAX_NAME:
             raise self.fail(f"a global whose name has {len(full_name):,} characters")
@@ -181,7 +190,7 @@ class PickleVM:
             raise self.fail("it copies the same values again and again")
 
     def check_key(self, key: Any) -> None:
-        """Refuse what Python cannot hash, or cannot hash and compare without deep recursion."""
+        """Refuse what Python cannot hash, or cannot hash and compare without deep recursion or many collisions."""
         pending, seen = [key], 0
         while pending:
             node = pending.pop()
@@ -192,6 +201,10 @@ class PickleVM:
                 raise self.fail(f"a {type(node).__name__} as a dictionary key or set member")
             if seen > MAX_KEY_NODES:
                 raise self.fail("a dictionary key or set member that nests too much")
+        self.charge(seen)
+        self._odd_keys += not _hashes_apart(key)
+        if self._odd_keys > MAX_ODD_KEYS:
+            raise self.fail(f"more than {MAX_ODD_KEYS:,} dictionary keys or set members that can be made to collide")
 
     def set_entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         if type(key) is not str:
@@ -209,6 +222,21 @@ class PickleVM:
             self.charge(len(args))
             return Record(callee.module, callee.name.removesuffix("(...)") + "(...)", (callee, *args), called)
         raise self.fail(f"it calls a {type(callee).__name__}")
+
+    def set_state(self, target: Any, state: Any) -> None:
+        """What `target.__setstate__(state)` stands for: the state is kept beside it."""
+        if not isinstance(target, Record | PickledDict):
+            raise self.fail(f"it sets the state of a {type(target).__name__}")
+        target.state = state
+
+
+def _hashes_apart(key: Any) -> bool:
+    """Whether a file cannot choose many such keys of one hash; texts are hashed with a secret."""
+    if type(key) is int:
+        return -_SPREAD < key < _SPREAD
+    if isinstance(key, tuple):
+        return not key or isinstance(key[0], str | bytes)
+    return not isinstance(key, frozenset | complex)
 
 
 Handler = Callable[[PickleVM, tuple[Any, ...]], Any]

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import FormatError
-from .base import DTYPES, Array, Checkpoint, TensorInfo, map_file, view
+from .base import DTYPES, Array, Checkpoint, TensorInfo, view
+from .datafile import DataFile
 from .wording import few, shown
 
 MAX_HEADER = 100_000_000  # bytes; the library's limit
@@ -33,6 +34,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
     | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
     | {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 )
+CODES: Mapping[str, str] = MappingProxyType({name: code for code, name in _NAMES.items()})  # ours -> the header's
 _BITS: Mapping[str, int] = MappingProxyType(
     {code: DTYPES[name].itemsize * 8 for code, name in _NAMES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 )
@@ -49,7 +51,7 @@ class _Entry:
 
 
 class Safetensors(Checkpoint):
-    """One safetensors file, mapped copy-on-write. A tie that `__metadata__` records becomes an alias.
+    """One safetensors file. A tie that `__metadata__` records becomes an alias.
 
     Raises:
         FormatError: the file is truncated, damaged, or no safetensors file.
@@ -57,7 +59,7 @@ class Safetensors(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, format="safetensors")
-        self._data = map_file(path)
+        self._data = DataFile(path)
         header = self._header()
         self._base = 8 + len(header)
         entries = self._entries(_parse(path, header))
@@ -71,15 +73,16 @@ class Safetensors(Checkpoint):
         self.tensors |= {name: self.tensors[kept] for name, kept in self.aliases.items()}
 
     def read(self, name: str) -> Array:
-        """A view of the mapped file. Raises FormatError for the packed types F4 and F6, which numpy cannot hold."""
+        """A view of the file, mapped. Raises FormatError for the packed types F4 and F6, which numpy cannot hold."""
         info = self.info(name)
         if info.dtype not in DTYPES:
             problem = (
                 f"tensor {shown(name)} is {info.dtype}, whose elements are smaller than a byte: numpy has no such type."
             )
             raise self._bad(problem, "Convert it to BF16 with the program that wrote it.")
+        data = self._data.tensor(self._offsets[self.aliases.get(name, name)], info.nbytes)
         try:
-            return view(self._data, self._offsets[self.aliases.get(name, name)], info.shape, DTYPES[info.dtype])
+            return view(data, 0, info.shape, DTYPES[info.dtype])
         except ValueError as error:  # an empty tensor with absurd dimensions, or more of them than numpy allows
             raise self._bad(f"tensor {shown(name)} has a shape that numpy cannot hold ({error}).") from None
 
@@ -92,7 +95,7 @@ class Safetensors(Checkpoint):
             raise self._bad(
                 f"it has {size} bytes, and a safetensors file begins with the 8 bytes of its header's length."
             )
-        length = int.from_bytes(self._data[:8], "little")
+        length = int.from_bytes(self._data.read(0, 8), "little")
         if length > MAX_HEADER:
             raise self._bad(
                 f"its first 8 bytes announce a header of {length:,} bytes, and safetensors allows {MAX_HEADER:,}: "
@@ -100,7 +103,7 @@ class Safetensors(Checkpoint):
             )
         if 8 + length > size:
             raise self._bad(f"it is truncated: its header announces {length:,} bytes but the file has {size:,}.")
-        return self._data[8 : 8 + length]
+        return self._data.read(8, length)
 
     def _entries(self, header: tuple[tuple[str, Any], ...]) -> dict[str, _Entry]:
         """The header's tensors in the order of their bytes; fills `metadata`. Of equal names the last counts."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from ..errors import FormatError
 from .base import Array, Checkpoint
+from .datafile import DataFile
+from .links import named_by
 from .safetensors import recorded_ties
 from .wording import few, shown
 
@@ -41,7 +43,7 @@ class Sharded(Checkpoint):
         if len(formats) != 1:
             raise FormatError(path, f"its shards have different formats: {', '.join(sorted(formats))}.", _AGAIN)
         (self.format,) = formats
-        self._parts = dict(parts)
+        self.parts = dict(parts)
         self._owner: dict[str, str] = {}
         twice = []
         for file, part in parts.items():
@@ -60,7 +62,7 @@ class Sharded(Checkpoint):
     def read(self, name: str) -> Array:
         self.info(name)  # the error for an unknown name speaks of the whole checkpoint
         kept = self.aliases.get(name, name)
-        return self._parts[self._owner[kept]].read(kept)
+        return self.parts[self._owner[kept]].read(kept)
 
     def add_aliases(self, aliases: Mapping[str, str]) -> None:
         """A name that one shard drops as a duplicate may be stored in another: then it is no alias."""
@@ -85,7 +87,7 @@ def open_index(path: Path, open_file: Callable[[Path], Checkpoint]) -> Sharded:
     """
     weight_map, metadata = read_index(path)
     files = list(dict.fromkeys(weight_map.values()))
-    present = {file: path.parent / file for file in files if (path.parent / file).is_file()}
+    present = {file: shard for file in files if (shard := named_by(path, file)).is_file()}
     missing = [file for file in files if file not in present]
     parts = {file: open_file(shard) for file, shard in present.items()}
     problems = [f"{len(missing)} of its {len(files)} shards are missing: {few(map(shown, missing))}"] if missing else []
@@ -112,12 +114,11 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """`weight_map` (tensor -> file name) and `metadata` of an index.
 
     Raises FormatError if it is damaged, or if a file name is more than a plain name: an index must not lead to
-    files elsewhere. (The file of that name may be a link: HuggingFace's cache consists of links.)
+    files elsewhere.
     """
-    with path.open("rb") as file:
-        text = file.read(_MAX_INDEX + 1)
+    file = DataFile(path)
     try:
-        index = json.loads(text, object_pairs_hook=_object) if len(text) <= _MAX_INDEX else None
+        index = json.loads(file.read(0, len(file)), object_pairs_hook=_object) if len(file) <= _MAX_INDEX else None
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"it is not a valid JSON index: {error}.", "Download it again.") from None
     index = index if isinstance(index, dict) else {}
@@ -158,7 +159,7 @@ def open_split(part: Checkpoint, count: int, open_file: Callable[[Path], Checkpo
             f"Name them NAME-00001-of-{count:05d}.gguf and so on.",
         )
     files = [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    missing = [file for file in files if not part.path.with_name(file).is_file()]
+    missing = [file for file in files if not named_by(part.path, file).is_file()]
     if missing:
         raise FormatError(
             part.path, f"{len(missing)} of the {count} parts of this GGUF are missing: {few(missing)}.", _AGAIN

@@ -32,10 +32,13 @@ class _Handle(NamedTuple):
     size: int
 
 
-def masked_crc32c(data: bytes | memoryview) -> int:
-    """CRC32C, rotated and shifted so that a checksum may itself lie in checksummed data (LevelDB's masking)."""
-    crc: int = crc32c(data)
+def masked(crc: int) -> int:
+    """A checksum rotated and shifted so that it may itself lie in checksummed data (LevelDB's masking)."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def masked_crc32c(data: bytes | memoryview) -> int:
+    return masked(crc32c(data))
 
 
 def read_table(data: memoryview) -> Iterator[tuple[bytes, bytes]]:

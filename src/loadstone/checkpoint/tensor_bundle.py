@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, SourceError
-from .base import DTYPES, Array, Checkpoint, TensorInfo, map_file, view
+from .base import DTYPES, Array, Checkpoint, TensorInfo, view
 from .bundle_index import Entry, Piece, read_index
+from .datafile import DataFile
+from .links import named_by
 from .sstable import MAGIC, masked_crc32c
 
 _SHARD_SUFFIX = re.compile(r"\.data-\d{5,}-of-\d{5,}$")
@@ -28,7 +30,7 @@ _AGAIN = "Download or copy it again."
 
 
 class TensorBundle(Checkpoint):
-    """A TensorFlow checkpoint, its data shards mapped copy-on-write.
+    """A TensorFlow checkpoint: an index and its data shards.
 
     All its numbers are in `tensors`, optimizer slots and `global_step` included. What numpy cannot hold (strings, such
     as Keras' object graph) is left out and noted. `metadata["hparams"]` is `hparams.json`, if there is one.
@@ -48,9 +50,10 @@ class TensorBundle(Checkpoint):
             shards, self._entries = read_index(index)
             prefix = index.name.removesuffix(".index")
             used = sorted({piece.shard for entry in self._entries.values() for piece in entry.pieces})
-            self._files = {i: index.with_name(f"{prefix}.data-{i:05d}-of-{shards:05d}") for i in used}
+            self._files = {i: named_by(index, f"{prefix}.data-{i:05d}-of-{shards:05d}") for i in used}
             self._check_sizes()
-            self._shards = {i: _mapped(file) for i, file in self._files.items()}
+            # A shard of nothing but empty tensors is empty itself, and has nothing to be mapped.
+            self._shards = {i: DataFile(file) for i, file in self._files.items() if file.stat().st_size}
             hparams = index.with_name("hparams.json")
             if hparams.is_file():
                 self.metadata["hparams"] = _json_object(hparams)
@@ -60,7 +63,7 @@ class TensorBundle(Checkpoint):
         self._list_tensors()
 
     def read(self, name: str) -> Array:
-        """The tensor: a view of the mapped shard, or a copy if it is unaligned or a partitioned variable.
+        """The tensor: a view of its shard, mapped, or a copy if it is unaligned or a partitioned variable.
 
         The first reading compares the CRC32C of its bytes and raises FormatError if it differs.
         """
@@ -70,7 +73,8 @@ class TensorBundle(Checkpoint):
         return parts[0] if len(parts) == 1 else np.concatenate(parts, entry.axis)
 
     def _bytes(self, name: str, piece: Piece) -> memoryview:
-        data = self._shards[piece.shard][piece.offset : piece.offset + piece.nbytes]
+        shard = self._shards.get(piece.shard)
+        data = shard.tensor(piece.offset, piece.nbytes) if shard else memoryview(b"")
         if piece not in self._verified:
             found = masked_crc32c(data)
             if found != piece.crc32c:
@@ -163,7 +167,7 @@ def _index_from_state(state: Path) -> Path:
     # TensorFlow's old V1 files have no suffix: reading one says so.
     for candidate in (prefix.with_name(f"{prefix.name}.index"), prefix):
         if candidate.is_file():
-            return candidate
+            return named_by(state, str(candidate.relative_to(state.parent)))
     raise SourceError(
         f"{state}: it names the checkpoint {stored!r}, and there is no {prefix.name}.index in {prefix.parent}. "
         "Copy the missing files there, or name another .index file."
@@ -194,11 +198,6 @@ def _ends_with_magic(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - len(MAGIC), 0))
         return file.read(len(MAGIC)) == MAGIC
-
-
-def _mapped(file: Path) -> memoryview:
-    # A shard of nothing but empty tensors is empty itself, and cannot be mapped.
-    return memoryview(map_file(file) if file.stat().st_size else b"")
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import mmap
 from pathlib import Path
 
 import numpy as np
 
-from .base import DTYPES, Array, Checkpoint, TensorInfo, map_file, view
+from .base import DTYPES, Array, Checkpoint, TensorInfo, view
+from .datafile import DataFile
 from .torch_archive import inflate, open_archive
 from .torch_state import find_weights
 
@@ -26,8 +26,8 @@ class TorchPickle(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._map = map_file(path)
-        archive = open_archive(path, self._map)
+        self._file = DataFile(path)
+        archive = open_archive(self._file)
         self.format, self.globals_seen = archive.format, archive.globals_seen
         self._regions, self._swapped = archive.regions, archive.swapped
         self._inflated: tuple[str, memoryview] | None = None  # the last compressed storage; tensors often share one
@@ -45,7 +45,7 @@ class TorchPickle(Checkpoint):
                 self.aliases[name] = owner
 
     def read(self, name: str) -> Array:
-        """The tensor as a view of the mapped file with the strides that it was saved with.
+        """The tensor as a view of the file, mapped, with the strides that it was saved with.
 
         A copy only where the file is compressed, in the other byte order, or not aligned to the element type (usual in
         the format before torch 1.6).
@@ -55,19 +55,19 @@ class TorchPickle(Checkpoint):
         dtype = DTYPES[ref.dtype]
         if not self.tensors[name].nbytes:
             return np.empty(ref.shape, dtype)
-        buffer, start = self._storage(ref.storage.key)
-        flat = view(buffer, start + ref.storage.start + ref.offset * dtype.itemsize, (ref.span,), dtype)
+        start = ref.storage.start + ref.offset * dtype.itemsize
+        flat = view(self._bytes(ref.storage.key, start, ref.span * dtype.itemsize), 0, (ref.span,), dtype)
         if self._swapped:
             flat = flat.byteswap()
         # The stride of a dimension of length 1 means nothing, and may be anything in the file.
         strides = [s * dtype.itemsize if d > 1 else 0 for d, s in zip(ref.shape, ref.stride, strict=True)]
         return np.ndarray(ref.shape, dtype, flat.view(np.uint8), 0, strides)
 
-    def _storage(self, key: str) -> tuple[mmap.mmap | memoryview, int]:
-        """The buffer that holds a storage, and where in it the storage begins."""
+    def _bytes(self, key: str, start: int, nbytes: int) -> memoryview:
+        """`nbytes` bytes of a storage, from its byte `start` on."""
         region = self._regions[key]
         if not region.deflated:
-            return self._map, region.offset
+            return self._file.tensor(region.offset + start, nbytes)
         if self._inflated is None or self._inflated[0] != key:
-            self._inflated = key, memoryview(bytearray(inflate(self.path, self._map, region)))
-        return self._inflated[1], 0
+            self._inflated = key, memoryview(bytearray(inflate(self._file, region)))
+        return self._inflated[1][start : start + nbytes]

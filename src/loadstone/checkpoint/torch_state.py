@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
+from .pickle_names import is_dangerous
 from .pickle_plain import Budget, BudgetError, UnfoldingError, plain, state_of, state_parts
 from .pickle_vm import GlobalRef, PickledDict, Record, printable
 from .torch_values import TensorRef
@@ -27,14 +28,6 @@ MODULE_COST = 100  # of the budget: a child may be shared, so that a few modules
 SAVE_WEIGHTS = "Save weights with torch.save(model.state_dict(), path), or as .safetensors."
 _NEVER = "Loadstone never executes what a file contains; do not load it with other programs."
 
-# Packages by which a pickle takes over the program that loads it; builtins are dangerous but for these.
-_DANGEROUS = frozenset(
-    "os posix nt subprocess sys shutil socket runpy importlib ctypes marshal pickle _pickle cloudpickle dill "
-    "webbrowser pty code codeop asyncio timeit bdb pdb pip pydoc imp pkgutil".split()
-)
-_HARMLESS_BUILTINS = frozenset(
-    "set frozenset slice complex bytearray bytes int float str bool list dict tuple object range type getattr".split()
-)
 _TENSOR_MAKERS = ("_rebuild", "Tensor", "Parameter", "_load_from_bytes")  # parts of the names of torch's
 
 _Keys = tuple[str, ...]
@@ -99,11 +92,6 @@ def _find_weights(path: Path, root: Any, globals_seen: Iterable[str]) -> Weights
 
 
 # -- what things are
-
-
-def is_dangerous(full_name: str) -> bool:
-    package, _, rest = full_name.partition(".")
-    return package in _DANGEROUS or (package == "builtins" and rest.removesuffix("(...)") not in _HARMLESS_BUILTINS)
 
 
 def is_module(value: Any) -> bool:

@@ -38,7 +38,7 @@ STORAGES: Mapping[str, tuple[str, int]] = {
     "QUInt4x2Storage": ("quint4x2", 1),
     "QUInt2x4Storage": ("quint2x4", 1),
 }
-_STORAGE_MODULES = ("torch", "torch.storage", "torch.cuda")
+STORAGE_MODULES = ("torch", "torch.storage", "torch.cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class StorageTable:
                 return module_class
             case _:
                 raise vm.fail("a persistent id that is no storage")
-        if kind.module not in _STORAGE_MODULES or kind.name not in STORAGES:
+        if kind.module not in STORAGE_MODULES or kind.name not in STORAGES:
             raise vm.fail(f"a storage of the unknown type {kind}")
         dtype, itemsize = STORAGES[kind.name]
         whole = self.by_key.setdefault(key, StorageRef(key, dtype, 0, numel * itemsize))

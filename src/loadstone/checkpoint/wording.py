@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
 
 shown = _REPR.repr
+_LAYER = re.compile(r"\d{1,18}")  # bounded, as Python refuses to read numbers of thousands of digits
 
 
 def few(items: Iterable[str], limit: int = 4) -> str:
@@ -31,3 +33,18 @@ def size_text(nbytes: int, *, tenths_below: float = 10) -> str:
         value, unit = value / 1000, unit + 1
     digits = 1 if unit and value < tenths_below else 0
     return f"{value:.{digits}f} {('bytes', 'KB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def layer_template(name: str) -> str:
+    """`h.3.ln_1.weight` -> `h.#.ln_1.weight`: what the same tensor of every layer is called."""
+    return _LAYER.sub("#", name, count=1)
+
+
+def folded(names: Sequence[str]) -> str:
+    """`h.0.x`, `h.1.x`, `h.2.x` -> `h.{0..2}.x`; a single name stays."""
+    numbers = sorted(int(found.group()) for name in names if (found := _LAYER.search(name)))
+    if len(names) == 1 or len(numbers) != len(names):
+        return names[0]
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    span = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
+    return _LAYER.sub(f"{{{span}}}", names[0], count=1)

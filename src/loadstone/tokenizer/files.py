@@ -200,7 +200,7 @@ def _ids(path: Path | None, values: Mapping[str, Any], key: str) -> list[int]:
     """A token id, or a list of them; -1 and null are used for none."""
     value = values.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number < 2**31 for number in ids):
         raise TokenizerError(f"{path}: {key} is {shown(value)}, and a token id or a list of them was expected.")
     return [number for number in ids if number >= 0]
 

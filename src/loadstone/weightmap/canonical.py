@@ -6,6 +6,8 @@ Shapes: V vocabulary, N context, C d_model, H query heads, K key/value heads, D 
 
 from __future__ import annotations
 
+import math
+
 from ..config import GPTConfig
 
 Shape = tuple[int, ...]
@@ -23,6 +25,11 @@ def parameter_shapes(config: GPTConfig) -> dict[str, Shape]:
     if not c.tied:
         shapes["head.weight"] = (c.vocab_size, c.d_model)
     return shapes
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Elements of all parameters, a tied head counted once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def _block_shapes(c: GPTConfig) -> dict[str, Shape]:
