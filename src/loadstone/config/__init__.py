@@ -4,6 +4,7 @@ from .base import PRESETS, GPTConfig, Rope, gpt2_config
 from .gguf import from_gguf
 from .hf import from_hf
 from .others import from_meta, from_nanogpt, from_openai
+from .own import from_own, to_own
 
 __all__ = [
     "PRESETS",
@@ -14,5 +15,7 @@ __all__ = [
     "from_meta",
     "from_nanogpt",
     "from_openai",
+    "from_own",
     "gpt2_config",
+    "to_own",
 ]

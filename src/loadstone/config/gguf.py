@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from .base import GPTConfig, Rope
 from .fields import Fields
@@ -56,17 +58,25 @@ def from_gguf(
     for expert_key in ("expert_count", "expert_used_count"):
         fields.must_be(expert_key, 0, None)
     if architecture == "gpt2":
-        config = fields.build(**sizes, norm_eps=fields.number("attention.layer_norm_epsilon", 1e-5))
+        config = fields.build(**sizes, norm_eps=_number(fields, "attention.layer_norm_epsilon", 1e-5))
     else:
         head_dim = fields.integer("attention.key_length", 0)
         fields.must_be("attention.value_length", head_dim, None)
         rope = _rope(fields, rope_factors, sizes["context_length"])
         # Every dimension of a head is turned; partial rotary is another family's.
         fields.must_be("rope.dimension_count", head_dim or sizes["d_model"] // n_heads, None)
-        eps = fields.number("attention.layer_norm_rms_epsilon", 1e-5)
+        eps = _number(fields, "attention.layer_norm_rms_epsilon", 1e-5)
         config = fields.build(**(LLAMA_FIELDS | sizes), head_dim=head_dim, norm_eps=eps, rope=rope)
     fields.refuse_others(HARMLESS)
     return config
+
+
+def _number(fields: Fields, key: str, default: float) -> float:
+    """GGUF keeps fractions as float32: 1e-05 comes back as 9.999999747378752e-06, and was meant as 1e-05."""
+    value = fields.number(key, default)
+    with np.errstate(over="ignore"):
+        stored = np.float32(value)
+    return float(str(stored)) if float(stored) == value else value
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,9 +86,9 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(fields: Fields, factors: tuple[float, ...], context: int) -> Rope:
-    theta = fields.number("rope.freq_base", 10_000.0)
+    theta = _number(fields, "rope.freq_base", 10_000.0)
     kind = fields.text("rope.scaling.type", "none")
-    factor = fields.number("rope.scaling.factor", 1.0)
+    factor = _number(fields, "rope.scaling.factor", 1.0)
     original = fields.integer("rope.scaling.original_context_length", context)
     if factors:
         # Llama 3's converter folds its scaling into this tensor and leaves the type out.
@@ -90,5 +100,10 @@ def _rope(fields: Fields, factors: tuple[float, ...], context: int) -> Rope:
     if kind == "linear":
         return Rope(theta=theta, scaling="linear", factor=factor)
     if kind == "yarn":
-        return Rope(theta=theta, scaling="yarn", factor=factor, original_context=original)
+        fast, slow = (
+            _number(fields, f"rope.scaling.yarn_beta_{end}", usual) for end, usual in (("fast", 32.0), ("slow", 1.0))
+        )
+        return Rope(
+            theta=theta, scaling="yarn", factor=factor, original_context=original, beta_fast=fast, beta_slow=slow
+        )
     raise ConfigError(f"{fields.where}: rope.scaling.type {kind!r} is not supported; known: none, linear, yarn.")
