@@ -14,7 +14,7 @@ import dialects
 from loadstone.errors import LoadstoneError
 from loadstone.load import load_model, open_source
 from loadstone.model import GPT
-from loadstone.verify import check_lengths, compare_logits, english_loss, judge_loss, verify
+from loadstone.verify import english_loss, judge_loss, verify
 from loadstone.weightmap import Identity
 from model_files import GPT2, tensors_of, write_hf, write_torch
 
@@ -121,25 +121,35 @@ def test_verdicts_on_gpt2s_loss(loss: float, ok: bool | None, word: str) -> None
     assert word in check.detail
 
 
-def test_logits_against_a_reference_can_pass_and_fail(loaded: tuple[Identity, GPT]) -> None:
-    model = loaded[1]
-    assert all(check.ok for check in compare_logits(model, model, [1, 7, 40]))
-    assert not any(check.ok for check in compare_logits(model, lambda ids: model(ids) + 0.1, [1, 7]))
-    assert "gives [1, 7, 5]" in compare_logits(model, lambda ids: model(ids)[..., :5], [7])[0].detail
+def test_without_a_reference_the_witnesses_are_asked_and_with_one_they_are_not(
+    loaded: tuple[Identity, GPT], tmp_path: Path
+) -> None:
+    alone = {check.name for check in verify(*loaded).checks}
+    compared = {check.name for check in verify(*loaded, against=str(tmp_path)).checks}
+    assert {f"logits at length {n}" for n in (1, 7, 40)} == compared - alone
+    assert alone - compared
 
 
-def test_lengths() -> None:
-    assert check_lengths(1024) == [1, 7, 64, 1024]
-    assert check_lengths(40) == [1, 7, 40]
-    assert check_lengths(131072) == [1, 7, 64, 2048]
+def test_an_engine_is_compared_with_the_cpu(loaded: tuple[Identity, GPT]) -> None:
+    report = verify(*loaded, engine="cached")
+    assert report.ok
+    assert any("engine cached on cpu in float32" in check.name for check in report.checks)
+    with pytest.raises(LoadstoneError, match="no engine is called 'warp'"):
+        verify(*loaded, engine="warp")
 
 
-def test_an_unknown_reference_is_refused(loaded: tuple[Identity, GPT]) -> None:
-    with pytest.raises(LoadstoneError, match="compares with transformers or transformers:PATH"):
+def test_a_reference_that_is_not_there_is_refused(loaded: tuple[Identity, GPT]) -> None:
+    with pytest.raises(LoadstoneError, match="gpt4all: there is no such file or folder"):
         verify(*loaded, against="gpt4all")
+
+
+def test_a_reference_of_another_model_is_refused(loaded: tuple[Identity, GPT], tmp_path: Path) -> None:
+    other = write_hf(tmp_path / "other", dialects.gpt2_hf(width=48), n_embd=48)
+    with pytest.raises(LoadstoneError, match=r"of another model.*d_model is 48 there and 32 here"):
+        verify(*loaded, against=str(other))
 
 
 @pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
 def test_a_comparison_that_was_asked_for_and_cannot_be_made_is_an_error(loaded: tuple[Identity, GPT]) -> None:
-    with pytest.raises(LoadstoneError, match="the package is not installed"):
+    with pytest.raises(LoadstoneError, match=r"the package is not installed.*A trace"):
         verify(*loaded, against="transformers")

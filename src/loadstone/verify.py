@@ -3,15 +3,16 @@
 The structure check goes backwards: it takes the model's parameters, undoes the table's ops, and compares with a fresh
 reading of the file, bit for bit. So an op that is not the inverse of its inverse, a parameter that was filled twice or
 not at all, and a file that changed in between are all seen.
+
+A reference answers what no structure can: is this how the model was meant? Where its logits differ, `diagnose` says
+why. Without a reference, witnesses inside the weights give verdicts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,15 @@ from torch.nn import functional as F
 
 from .checkpoint import open_checkpoint
 from .checks import Check
-from .errors import LoadstoneError
+from .diagnose import explain
+from .diagnose.compare import compare, failed, model_logits, require_comparable, usual_text
+from .diagnose.points import Parameters
+from .diagnose.precision import loosest, precision, stored_type
+from .diagnose.reference import Reference, find_reference
+from .diagnose.search import diagnose, float32_logits
+from .diagnose.selftest import self_test
+from .diagnose.trace import Trace
+from .diagnose.witness import witnesses
 from .load import ModuleCheckpoint, to_tensor
 from .model import GPT
 from .weightmap import Identity, apply
@@ -34,18 +43,24 @@ ENGLISH = (
     "Their mother put a pot of soup on the stove and asked them to set the table. After dinner they sat by the window "
     "and watched the lights of the cars go past, one after another, until it was time to go to bed."
 )
-# Usual float32 differences between two right implementations are 1e-6 to 2e-5 on logits of this size.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
 @dataclass
 class VerifyReport:
-    """All checks of one source, and the counts. `ok` is False if any check failed."""
+    """All checks of one source, and the counts. `ok` is False if any check failed.
+
+    Attributes:
+        usual: what differences are usual for the types that were compared.
+        diagnosis: where the model leaves the reference and why, as data, if it does; `explanation` as lines of text.
+    """
 
     checks: list[Check] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     loss: float | None = None
+    usual: str = ""
+    diagnosis: dict[str, Any] | None = None
+    explanation: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -60,17 +75,23 @@ def verify(
     model: GPT,
     tokenizer: Tokenizer | None = None,
     *,
-    against: str | None = None,
+    against: str | Reference | None = None,
+    engine: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Verify a model that was loaded from an opened source.
 
     Args:
         identity, model, tokenizer: what `open_source`, `load_model` and `load_tokenizer_for` gave.
-        against: `transformers` (the same source, read by transformers) or `transformers:PATH`; needs that package.
+        against: a reference: `transformers` (the same source, read by transformers), `transformers:PATH`, a trace, or
+            any other source. Without one, the witnesses inside the weights are asked.
+        engine: compare this way of running the model (`ENGINES` in `diagnose.selftest`), on its own device and in its
+            own type, with the CPU in float32.
         progress: called with (steps done, steps in all) during the structure check.
+
+    Raises LoadstoneError if the reference cannot be had, or is of another model.
     """
-    reference = _reference(identity, model, against) if against else None
+    reference = find_reference(against) if isinstance(against, str) else against
     report = VerifyReport(assumed=identity.assumed, counts=count_parameters(identity, model))
     report.checks += [_check_sources(identity, model, progress), _check_finite(model), _check_runs(model)]
     if tokenizer is None or identity.config.context_length < 2:
@@ -80,8 +101,50 @@ def verify(
         report.loss = english_loss(model, tokenizer)
         report.checks.append(judge_loss(report.loss, identity.config.vocab_size))
     if reference:
-        report.checks += compare_logits(model, reference, check_lengths(identity.config.context_length))
+        _compare(report, identity, model, reference.trace(identity))
+    else:
+        report.checks += witnesses(identity, model, tokenizer)
+    if engine:
+        report.checks += self_test(model, engine=engine, device=model.tok_emb.weight.device)
     return report
+
+
+def _compare(report: VerifyReport, identity: Identity, model: GPT, trace: Trace) -> None:
+    """Logits as the model gives them; and, where they differ by more than float32 arithmetic, the diagnosis.
+
+    The diagnosis is asked even if the tolerance lets the difference pass: a fault can hide below that of a 16-bit type,
+    and the diagnosis tells it from the rounding of weights, which is none.
+    """
+    require_comparable(trace, model)
+    computed = str(model.tok_emb.weight.dtype).removeprefix("torch.")
+    dtype, limit = loosest([stored_type(identity), trace.stored, computed]), model.config.context_length
+    parities = compare(model_logits(model), trace, dtype=dtype, limit=limit)
+    report.checks += [parity.check() for parity in parities]
+    report.usual = usual_text(dtype)
+    exact = compare(float32_logits(model.config, Parameters.of(model)), trace, dtype="float32", limit=limit)
+    if all(parity.relative <= precision("float32").usual[1] for parity in exact):
+        if failed(parities):
+            detail = (
+                f"the same weights agree in float32 on the CPU: {computed} on {model.tok_emb.weight.device} does not"
+            )
+            report.checks.append(Check("modules against the reference", None, detail))
+        return
+    if not trace.has_activations:
+        detail = f"{trace.origin} is a trace without activations, so nothing can tell where the difference begins"
+        report.checks.append(Check("modules against the reference", None, detail))
+        return
+    found = diagnose(identity, model, trace)
+    faults = [finding for finding in found.findings if finding.repair != "precision"]
+    report.diagnosis = explain.as_dict(found, identity)
+    report.explanation = list(explain.lines(found, identity)) if found.findings or failed(parities) else []
+    places = len({finding.point for finding in found.findings})
+    text = (
+        f"{places} of {found.judged} differ although their inputs agree"
+        if places
+        else (f"all {found.judged} agree; what is left is rounding")
+    )
+    verdict = False if faults else (None if places else True)
+    report.checks.append(Check("modules against the reference", verdict, text))
 
 
 def count_parameters(identity: Identity, model: GPT) -> dict[str, int]:
@@ -162,63 +225,3 @@ def judge_loss(loss: float, vocab_size: int) -> Check:
     if loss > 0.8 * guess:
         return Check("loss on English", None, f"{text}: untrained, or not a model of English")
     return Check("loss on English", True, f"{text}: a trained model")
-
-
-def compare_logits(
-    model: GPT, reference: Callable[[torch.Tensor], torch.Tensor], lengths: Sequence[int]
-) -> list[Check]:
-    """Logits of fixed token ids against a reference, one check per length.
-
-    Length 1 alone hides faults of rotary embedding and mask. Tolerance by the model's type, relative to the scale of
-    the logits where that is above 1.
-    """
-    tolerance = TOLERANCES.get(model.tok_emb.weight.dtype, 1e-4)
-    checks = []
-    for length in lengths:
-        ids = torch.arange(1, length + 1)[None] * 7919 % model.config.vocab_size  # spread over the vocabulary
-        with torch.inference_mode():
-            ours, theirs = model(ids).float(), reference(ids).float()
-        if ours.shape != theirs.shape:
-            detail = f"the reference gives {list(theirs.shape)}, ours {list(ours.shape)}"
-            checks.append(Check(f"logits at length {length}", False, detail))
-            continue
-        difference = float((ours - theirs).abs().max())
-        scale = max(1.0, float(theirs.abs().max()))
-        agree = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
-        ok = difference <= tolerance * scale
-        detail = f"max difference {difference:.1e} (allowed {tolerance * scale:.1e}), same top token {agree:.1%}"
-        checks.append(Check(f"logits at length {length}", ok, detail))
-    return checks
-
-
-def check_lengths(context_length: int) -> list[int]:
-    """1, 7, 64 and the context limit, as far as the context goes; the limit is capped so that a CPU can do it."""
-    limit = min(context_length, 2048)
-    return sorted({length for length in (1, 7, 64, limit) if length <= limit})
-
-
-def check_reference(against: str) -> None:
-    """Raise LoadstoneError for a reference that cannot be had; called before anything is loaded."""
-    if against.partition(":")[0] != "transformers":
-        raise LoadstoneError(f"--against {against}: this version compares with transformers or transformers:PATH.")
-    if find_spec("transformers") is None:
-        raise LoadstoneError('--against transformers: the package is not installed (pip install "transformers>=5").')
-
-
-def _reference(identity: Identity, model: GPT, against: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same source, or the named one, as transformers loads it. Raises LoadstoneError if it cannot."""
-    check_reference(against)
-    from transformers import AutoModelForCausalLM
-
-    named = against.partition(":")[2]
-    path = Path(named) if named else identity.checkpoint.path
-    is_gguf = path.is_file() and path.suffix == ".gguf" if named else identity.checkpoint.format == "gguf"
-    options = {"gguf_file": path.name} if is_gguf else {}
-    try:
-        reference = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else path.parent, dtype=model.tok_emb.weight.dtype, local_files_only=True, **options
-        ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise LoadstoneError(f"{path}: transformers cannot read it, so there is nothing to compare: {reason}") from None
-    return lambda ids: reference(ids).logits

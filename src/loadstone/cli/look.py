@@ -1,20 +1,29 @@
-"""inspect, plan, verify: what a checkpoint is, how it would load, whether it loaded right."""
+"""inspect and plan: what a checkpoint is, and how it would load."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from .options import Json, OpenOptions, RunOptions, Src, config_fields, print_json, progress_bar
+from .options import Json, OpenOptions, Src, config_fields, print_json
+
+if TYPE_CHECKING:
+    from ..checkpoint.base import Checkpoint
+    from ..weightmap import Identity
 
 
 def inspect(
     source: Src,
     options: OpenOptions,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
+    why_size: Annotated[bool, typer.Option("--why-size", help="What its bytes are, all of them, instead.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="What it would import and call in a program that obeys pickles, instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What is this file? Format, dialect, architecture, sizes, types, ties, leftovers (reads the header only)."""
@@ -23,12 +32,21 @@ def inspect(
     from ..report import checkpoint_facts, identity_facts, inspect_lines
     from ..weightmap import identify
 
-    checkpoint = open_checkpoint(resolve(source, revision=options.revision))
+    path = resolve(source, revision=options.revision)
+    if audit and why_size:
+        raise LoadstoneError("--audit and --why-size are two questions; ask one at a time.")
+    if audit:
+        _audit(path, as_json)
+        return
+    checkpoint = open_checkpoint(path)
     identity, reason = None, ""
     try:
         identity = identify(checkpoint, overrides=config_fields(options.sets), **options.as_arguments())
     except LoadstoneError as error:
         reason = str(error)
+    if why_size:
+        _why_size(checkpoint, identity, path, as_json)
+        return
     if as_json:
         facts = checkpoint_facts(checkpoint) | {"model": identity_facts(identity) if identity else None}
         facts |= {"not_recognised": reason} if reason else {}
@@ -44,6 +62,32 @@ def inspect(
     if tensors:
         for name, info in checkpoint.tensors.items():
             print(f"  {visible(name)}  {' x '.join(map(str, info.shape)) or 'scalar'}  {info.dtype}")
+
+
+def _audit(path: Path, as_json: bool) -> None:
+    """Works on files that nothing else here would open. Status 1 if something in it is dangerous."""
+    from ..checkpoint.audit import audit, audit_lines
+    from ..checkpoint.pickle_names import DANGEROUS
+
+    found = audit(path)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        for label, text in audit_lines(found):
+            print(f"{label:<10} {text}")
+    if found.verdict == DANGEROUS:
+        raise typer.Exit(1)
+
+
+def _why_size(checkpoint: Checkpoint, identity: Identity | None, path: Path, as_json: bool) -> None:
+    from ..sizes import why_size, why_size_lines
+
+    found = why_size(checkpoint, identity, folder=path if path.is_dir() else None)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        for line in why_size_lines(found):
+            print(visible(line))
 
 
 def plan(
@@ -73,37 +117,4 @@ def plan(
             print(f"PROBLEM: {visible(problem)}")
         print("clean: nothing missing, nothing unused" if identity.plan.clean else "not loadable as it is")
     if not identity.plan.clean:
-        raise typer.Exit(1)
-
-
-def verify(
-    source: Src,
-    options: RunOptions,
-    against: Annotated[
-        str | None, typer.Option(help="Compare logits with: transformers (reading the same SRC), or transformers:PATH.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Load it and prove it: every parameter equals its source, counts, loss on English, logits of a reference."""
-    if against:
-        from ..verify import check_reference
-
-        check_reference(against)
-    identity, model, tokenizer = options.load(source)
-    from ..verify import verify as run
-
-    with progress_bar("verifying") as progress:
-        report = run(identity, model, tokenizer, against=against, progress=progress)
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        for check in report.checks:
-            mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.ok]
-            print(f"{mark} {check.name}: {check.detail}")
-        counts, untied = report.counts, "parameters_with_untied_head"
-        print(f"     {counts['parameters']:,} parameters; {counts[untied]:,} if the head were a copy of the embedding")
-        if others := counts["not_parameters_in_file"]:
-            print(f"     {others:,} elements in the file are no parameters")
-        print(("verified" + (", with assumptions" if report.assumed else "")) if report.ok else "NOT verified")
-    if not report.ok:
         raise typer.Exit(1)
