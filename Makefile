@@ -2,6 +2,7 @@
 # make test    what every change must pass
 # make lint    style and types
 # make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
+# make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
 # make bench   measurements beside other programs
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP_FLAGS := install --quiet --disable-pip-version-check -c constraints.txt
 RUN := $(VENV)/bin/loadstone
 SRC := pyproject.toml constraints.txt
 
-.PHONY: demo test lint peers peers-install bench clean
+.PHONY: demo test lint peers peers-install fuzz bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: $(SRC)
@@ -56,6 +57,14 @@ peers-install: $(PEERS)/installed
 
 peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest tests/peers -p no:cacheprovider
+
+$(VENV)/fuzz: $(VENV)/tools
+	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[fuzz]"
+	@touch $@
+
+RUNS ?= 100000
+fuzz: $(VENV)/fuzz
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --runs $(RUNS)
 
 bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/load.py

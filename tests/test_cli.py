@@ -152,7 +152,7 @@ def test_chat_once_and_as_a_loop(run: Run, folder: Path) -> None:
         (("plan", "FOLDER", "--set", "tied=maybe"), "tied must be true or false, found 'maybe'"),
         (("plan", "FOLDER", "--set", "eos_ids=5"), "eos_ids must be a list of token ids"),
         (("plan", "FOLDER", "--set", 'rope={"zeta":1}'), "rope has the fields theta"),
-        (("verify", "FOLDER", "--against", "gpt4all"), "compares with transformers or transformers:PATH"),
+        (("verify", "FOLDER", "--against", "gpt4all"), "gpt4all: there is no such file or folder"),
         (("verify", "FOLDER", "--device", "nonsense"), "device 'nonsense' cannot be used here"),
         (("generate", "FOLDER", "once", "--seed", "9" * 30), "the seed must be from 0"),
         (("generate", "FOLDER", "once", "--stop", ""), "a stop text must not be empty"),
@@ -190,7 +190,9 @@ def test_assumptions_are_told_and_can_be_set(run: Run, tmp_path: Path) -> None:
     assert out.endswith("verified, with assumptions\n")
     assert "assumed: n_heads = " in run("plan", path)[1]
     assert json.loads(run("verify", path, "--json")[1])["assumed"][0].startswith("n_heads")
-    assert run("verify", path, "--set", "n_heads=4")[1:] == (out.replace(", with assumptions", ""), "")
+    status, out, err = run("verify", path, "--set", "n_heads=4")
+    assert (status, err) == (0, "")
+    assert out.endswith("\nverified\n")
 
 
 def test_set_takes_truth_values_as_people_write_them(run: Run, folder: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .checkpoint import open_checkpoint
     from .checkpoint.base import Checkpoint, TensorInfo
     from .config import GPTConfig, Rope
+    from .convert import convert
+    from .diff import diff
     from .errors import LoadstoneError
     from .generate import Completion, Generation, Session, Stream, generate, generate_text, generate_texts, stream_text
     from .load import load, load_model, load_tokenizer_for, open_source
@@ -41,6 +43,8 @@ __all__ = [
     "Tokenizer",
     "VerifyReport",
     "__version__",
+    "convert",
+    "diff",
     "generate",
     "generate_text",
     "generate_texts",
@@ -77,7 +81,7 @@ _HOME = {
     "VerifyReport": "verify",
 }
 # Functions that bear their module's name: `loadstone.load` is the function, whoever imported the module first.
-_SAME_NAME = ("generate", "load", "verify")
+_SAME_NAME = ("convert", "diff", "generate", "load", "verify")
 
 
 class _Package(ModuleType):

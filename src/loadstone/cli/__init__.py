@@ -6,14 +6,16 @@ Exit status: 0 good, 1 the answer is no, 2 the input is bad. Errors are one para
 from __future__ import annotations
 
 import io
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import fetch, look, run
+from . import compare, fetch, look, prove, run, write
 from .options import spread
 
 app = typer.Typer(
@@ -35,8 +37,16 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise typer.Exit
 
 
-for _verb in (look.inspect, look.plan, look.verify, run.generate, run.chat, fetch.pull):
+VERBS = (
+    *(look.inspect, look.plan, prove.verify, prove.trace, compare.diff),
+    *(run.generate, run.chat, write.convert, fetch.pull),
+)
+for _verb in VERBS:
     app.command()(spread(_verb))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def main() -> None:
@@ -45,10 +55,23 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # so that a conversion that is ended takes its half-written files along
+        signal.signal(number, _leave)
     try:
         app(prog_name="loadstone")
     except LoadstoneError as error:
         print(f"loadstone: {visible(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        detail = f" ({visible(str(error))})" if str(error) else ""
+        print(
+            f"loadstone: there is not enough memory{detail}. Nothing was changed. Close other programs, raise the "
+            "limit (`ulimit -v`), or choose a smaller model or type.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)

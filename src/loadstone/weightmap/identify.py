@@ -6,14 +6,17 @@ of the non-square matrices decide. Names of files and folders are never asked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..checkpoint import proof
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.wording import few
-from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai
+from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai, from_own
 from ..errors import ConfigError, LoadstoneError, PlanError
 from . import gpt2, gpt_neox, llama, own
 from .facts import infer_config, read_facts
@@ -171,6 +174,8 @@ def _find_config(
         return from_gguf(metadata, facts, rope_factors=factors, where=where, ignore=ignore), "GGUF metadata", []
     if table.dialect == "openai" and "hparams" in metadata:
         return from_openai(metadata["hparams"], f"{checkpoint.folder}/hparams.json", ignore), "hparams.json", []
+    if table.dialect in WITHOUT_CONFIG and (certified := _certified(checkpoint, table)):
+        return certified, proof.NAME, []
     arguments = metadata.get("model_args")
     if isinstance(arguments, Mapping):
         if table.dialect == "nanogpt":
@@ -189,7 +194,10 @@ def _find_config(
 
 
 INFERRED, THE_MODEL = "the tensors' shapes (inferred)", "the model itself"
-SAYS_WHETHER_TIED = ("config.json", THE_MODEL)
+SAYS_WHETHER_TIED = ("config.json", THE_MODEL, proof.NAME)
+_TEXT = 1_000_000  # bytes of what counts as one
+# Dialects whose own files do not hold the whole config (model_args lack the activation); certificates do.
+WITHOUT_CONFIG = ("raschka", "nanogpt", "lesson", "meta", "loadstone")
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -200,6 +208,26 @@ def _rope_factors(checkpoint: Checkpoint) -> tuple[float, ...]:
     if len(shape := checkpoint.info(ROPE_FREQS).shape) != 1:
         raise ConfigError(f"{checkpoint.path}: {ROPE_FREQS} should be a vector, found {list(shape)}.")
     return tuple(float(factor) for factor in checkpoint.read(ROPE_FREQS))
+
+
+def _certified(checkpoint: Checkpoint, table: WeightMap) -> GPTConfig | None:
+    """The config in a conversion's certificate, if that is about these very files. Raises FormatError if damaged."""
+    folder = checkpoint.folder
+    for file in (proof.beside(checkpoint.path), folder / proof.NAME) if folder else ():
+        if file.is_file():
+            values = proof.read(file)
+            files, held = values["written"]["files"], {info.file for info in checkpoint.tensors.values() if info.file}
+            same = values["written"].get("dialect") == table.name and held <= files.keys()
+            if same and all(_is_same(folder / name, entry) for name, entry in files.items()):
+                return from_own(values["config"], str(file))
+    return None
+
+
+def _is_same(file: Path, entry: Mapping[str, Any]) -> bool:
+    """By size, and texts (a config that somebody edited) by hash; `verify --certificate` compares all hashes."""
+    if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        return False
+    return entry["bytes"] > _TEXT or hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
 
 
 def _beside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..checkpoint.arrays import row_blocks
 from ..checkpoint.base import DTYPES, Array, Checkpoint, TensorInfo
 from ..errors import LoadstoneError, PlanError
 from .canonical import Shape, parameter_shapes
@@ -47,6 +48,7 @@ class Translated(Checkpoint):
 
     def __init__(self, identity: Identity, weight_map: WeightMap, dtype: str | None = None) -> None:
         super().__init__(identity.checkpoint.path, identity.checkpoint.format)
+        self.dialect = weight_map.name
         self._identity, self._steps = identity, {t: step for step in identity.plan.steps for t in step.targets}
         self._rules: dict[str, Rule] = {}
         self._masks: dict[str, Shape] = {}
@@ -72,6 +74,15 @@ class Translated(Checkpoint):
         arrays = [self._parameter(target) for target in rule.target]
         (array,) = apply(rule.ops, arrays, self._identity.config, inverse=True)
         return _cast(array, DTYPES[info.dtype], name)
+
+    def origin(self, name: str) -> tuple[list[str], list[str]]:
+        """Where a tensor comes from: the source's tensors and the ops on the way, `undo` before the target's."""
+        rule = self._rules.get(name)
+        if rule is None:
+            return [], ["causal mask"] if name in self._masks else []
+        steps = list({self._steps[target].source: self._steps[target] for target in rule.target}.values())
+        ops = list(dict.fromkeys(op.label for step in steps for op in step.ops))
+        return [step.source for step in steps], ops + [f"undo {op.label}" for op in reversed(rule.ops)]
 
     def _parameter(self, target: str) -> Array:
         """One of the model's parameters. The last fused matrix is kept, since it gives several."""
@@ -125,9 +136,11 @@ def _cast(array: Array, dtype: np.dtype[np.generic], name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
-    if not np.isfinite(cast).all() and np.isfinite(array).all():
-        raise LoadstoneError(
-            f"{name}: it holds values up to {float(np.abs(array).max()):.3g}, beyond the range of {dtype.name}; they "
-            "would become infinite. Choose bfloat16 or float32."
-        )
+    for before, after in row_blocks(array, cast):
+        if (lost := np.isinf(after) & np.isfinite(before)).any():
+            worst = float(np.abs(before[lost]).max())
+            raise LoadstoneError(
+                f"{name}: it holds {worst:.3g}, beyond the range of {dtype.name}: it would become infinite. Choose "
+                "bfloat16 or float32."
+            )
     return cast
