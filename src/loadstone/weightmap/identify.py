@@ -132,7 +132,10 @@ def _with_table(
     ignore_config: tuple[str, ...],
 ) -> Identity:
     shapes = {unwrap(name, table)[0]: info.shape for name, info in checkpoint.tensors.items() if name not in ignore}
-    facts = read_facts(table, shapes)
+    try:
+        facts = read_facts(table, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from None
     one_storage = _is_one_storage(checkpoint, table)
     twice = not facts["tied"] and not one_storage
     facts["tied"] = not twice
@@ -179,9 +182,9 @@ def _find_config(
     arguments = metadata.get("model_args")
     if isinstance(arguments, Mapping):
         if table.dialect == "nanogpt":
-            return from_nanogpt(arguments, "model_args", ignore), "model_args in the checkpoint", []
+            return from_nanogpt(arguments, f"{checkpoint.path}: model_args", ignore), "model_args in the checkpoint", []
         if table.dialect == "meta":
-            return from_meta(arguments, facts, "model_args", ignore), "model_args in the checkpoint", []
+            return from_meta(arguments, facts, f"{checkpoint.path}: model_args", ignore), "model_args in the checkpoint", []
     if table.dialect == "meta" and (values := _beside(checkpoint, "params.json")):
         config = from_meta(values, facts, f"{checkpoint.folder}/params.json", ignore)
         return config, "params.json", [f"context_length = {config.context_length} (params.json does not record it)"]
