@@ -83,7 +83,7 @@ def test_kept_positions_hold_the_first_and_the_last() -> None:
 
 def test_a_trace_comes_back_as_it_was(trace: Trace, stored: Path) -> None:
     found = load_trace(stored)
-    assert (found.config, found.stored, found.origin) == (trace.config, "float32", "sound")
+    assert (found.config, found.stored, found.origin) == (trace.config, "float32", f"{stored} (of sound)")
     for ours, theirs in zip(found.prompts, trace.prompts, strict=True):
         assert torch.equal(ours.ids, theirs.ids)
         assert torch.equal(ours.positions, theirs.positions)

@@ -19,7 +19,10 @@ import torch
 from torch.nn import functional as F
 
 from .checkpoint import open_checkpoint
+from .checkpoint.wording import shown
 from .checks import Check
+from .config import GPTConfig
+from .config.losses import differences
 from .diagnose import explain
 from .diagnose.compare import compare, failed, model_logits, require_comparable, usual_text
 from .diagnose.points import Parameters
@@ -120,6 +123,7 @@ def _compare(report: VerifyReport, identity: Identity, model: GPT, trace: Trace)
     dtype, limit = loosest([stored_type(identity), trace.stored, computed]), model.config.context_length
     parities = compare(model_logits(model), trace, dtype=dtype, limit=limit)
     report.checks += [parity.check() for parity in parities]
+    report.checks += _what_was_not_compared(model.config, trace, len(parities))
     report.usual = usual_text(dtype)
     exact = compare(float32_logits(model.config, Parameters.of(model)), trace, dtype="float32", limit=limit)
     if all(parity.relative <= precision("float32").usual[1] for parity in exact):
@@ -128,6 +132,18 @@ def _compare(report: VerifyReport, identity: Identity, model: GPT, trace: Trace)
                 f"the same weights agree in float32 on the CPU: {computed} on {model.tok_emb.weight.device} does not"
             )
             report.checks.append(Check("modules against the reference", None, detail))
+        return
+    if (
+        computed != stored_type(identity)
+        and not failed(parities)
+        and loosest([computed, stored_type(identity)]) == computed
+    ):
+        detail = f"not asked, as the weights were rounded to {computed} on loading; leave --dtype out for that"
+        report.checks.append(Check("modules against the reference", None, detail))
+        return
+    if _check_finite(model).ok is False:
+        detail = "not asked, as the weights hold NaN or infinity"
+        report.checks.append(Check("modules against the reference", None, detail))
         return
     if not trace.has_activations:
         detail = f"{trace.origin} is a trace without activations, so nothing can tell where the difference begins"
@@ -145,6 +161,31 @@ def _compare(report: VerifyReport, identity: Identity, model: GPT, trace: Trace)
     )
     verdict = False if faults else (None if places else True)
     report.checks.append(Check("modules against the reference", verdict, text))
+
+
+def _what_was_not_compared(ours: GPTConfig, trace: Trace, compared: int) -> list[Check]:
+    """What differs beside the logits, or could not be held against the reference at all."""
+    checks = []
+    if left_out := [len(prompt.ids) for prompt in trace.prompts if len(prompt.ids) > ours.context_length]:
+        lengths = ", ".join(map(str, left_out))
+        detail = f"lengths {lengths} are beyond the context of {ours.context_length} here, and were not compared"
+        checks.append(Check("lengths of the reference", None if compared else False, detail))
+    if (lacking := trace.config.vocab_size - ours.vocab_size) > 0:
+        detail = (
+            f"{lacking} rows of the reference's vocabulary are not here: its padding, or lost; they were not compared"
+        )
+        checks.append(Check("vocabulary of the reference", None, detail))
+    if different := {k: v for k, v in differences(ours, trace.config).items() if k not in ("bos_id", "eos_ids")}:
+        detail = "; ".join(
+            f"{name} is {shown(here)} here and {shown(there)} there" for name, (here, there) in different.items()
+        )
+        checks.append(Check("config against the reference", None, detail))
+    if trace.assumed:
+        detail = (
+            f"of {trace.origin} this was only assumed: {'; '.join(trace.assumed)}. `loadstone trace --set` can tell it"
+        )
+        checks.append(Check("config of the reference", None, detail))
+    return checks
 
 
 def count_parameters(identity: Identity, model: GPT) -> dict[str, int]:

@@ -52,7 +52,7 @@ def verify(
     from ..diagnose import find_reference
     from ..verify import verify as run
 
-    reference = find_reference(against) if against else None  # before anything is loaded
+    reference = find_reference(against) if against is not None else None  # before anything is loaded
     identity, model, tokenizer = options.load(source)
     with progress_bar("verifying") as progress:
         engine = engine or ("eager" if self_test else None)
@@ -117,9 +117,11 @@ def trace(
     64 tokens, in float32. GPT-2 of 124M takes 75 MB (27 MB without activations), a Llama of 7B some 700 MB (17 MB).
     """
     from ..diagnose.reference import TRANSFORMERS, trace_source
-    from ..diagnose.trace import save_trace
+    from ..diagnose.trace import is_trace, save_trace
 
     identity = None if source.partition(":")[0] == TRANSFORMERS else options.open(source)
+    if output.exists() and not is_trace(output):
+        raise LoadstoneError(f"{output}: it is there already and is no trace, so it is left alone. Choose a new name.")
     found = trace_source(source, identity, _numbers(lengths), activations=not no_activations)
     save_trace(found, output)
     sizes, modules = [len(prompt.ids) for prompt in found.prompts], max(len(p.activations) for p in found.prompts)

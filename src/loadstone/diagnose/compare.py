@@ -116,10 +116,12 @@ def require_comparable(trace: Trace, model: GPT) -> None:
     if largest >= ours.vocab_size:
         different.append(("vocabulary", ours.vocab_size, theirs.vocab_size))
     if different:
+        lacking = {name for name, _, _ in different} <= {"n_layers", "vocabulary"}
         raise LoadstoneError(
             f"{trace.origin}: this reference is of another model, so their logits cannot be compared: "
             + ", ".join(f"{name} is {b} there and {a} here" for name, a, b in different)
-            + ". Choose a reference of the same model."
+            + (". One of the two lacks some of them, or they are" if lacking else ". They are")
+            + " different models: choose a reference of the same one."
         )
 
 

@@ -148,5 +148,7 @@ def _verdict(diagnosis: Diagnosis, found: Sequence[Cause]) -> str:
         )
     if unknown := sum(not cause.mended for cause in found):
         count = "this" if len(found) == 1 else f"{unknown} of these {len(found)}"
+        if any(cause.repair is None for cause in found):
+            return f"no known repair restores {count}"
         return f"{count} cannot be repaired with what the file holds"
     return "every module agrees after these repairs, yet the logits do not: the reference computes something else too"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoint.base import DTYPES
 from ..weightmap import Identity
 
 
@@ -42,6 +43,11 @@ def block_bits(dtype: str) -> int:
     """Bits of a weight in one of GGUF's block types; 0 for others."""
     found = _BITS.match(dtype)
     return int(found[1] or found[2]) if found else 0
+
+
+def is_known(dtype: object) -> bool:
+    """Whether it is the name of an element type at all."""
+    return isinstance(dtype, str) and (dtype in DTYPES or re.fullmatch(r"[A-Z]{1,5}\d\w*", dtype) is not None)
 
 
 def precision(dtype: str) -> Precision:

@@ -61,6 +61,8 @@ class Reference:
 
 def find_reference(name: str) -> Reference:
     """What REF names. Raises LoadstoneError if there is no such thing; called before anything is loaded."""
+    if not name.strip():
+        raise LoadstoneError("--against: no reference is named. Is a variable of your shell empty?")
     program, _, path = name.partition(":")
     if program == TRANSFORMERS:
         if find_spec(TRANSFORMERS) is None:
@@ -87,7 +89,7 @@ def trace_module(
     live = _opened(module)  # the module's own names, which are not always those of its file
     prompts = record(module, live, [prompt_ids(vocab_size, n) for n in lengths], activations=activations)
     weights = Parameters.of(module if isinstance(module, GPT) else load_model(live))
-    return Trace(identity.config, stored, origin, prompts, weights)
+    return Trace(identity.config, stored, origin, prompts, weights, tuple(identity.assumed))
 
 
 def trace_source(

@@ -150,8 +150,8 @@ def rope_scaling(s: Suspect) -> Iterator[Candidate]:
 
 
 def tie(s: Suspect) -> Iterator[Candidate]:
-    """The head should be the embedding, or the embedding the head."""
-    if s.config.tied:
+    """The head should be the embedding, or the embedding the head. Not if the reference has two matrices."""
+    if s.config.tied or not s.bench.trace.config.tied:
         return
     if s.point == "logits":
         embedding = s.state.weights.need("tok_emb.weight")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from ..config.own import from_own, to_own
 from ..errors import FormatError, LoadstoneError
 from ..load import to_tensor
 from .points import BLOCK, Weights, is_point, width_of
+from .precision import is_known
 
 KEY, VERSION = "loadstone_trace", "1"
 LENGTHS = (1, 7, 64)
@@ -63,6 +65,7 @@ class Trace:
         stored: the least precise element type of its weights.
         origin: where the weights lie and which program ran them, for people.
         weights: its parameters; None in a trace that was read from a file.
+        assumed: what nothing beside its weights told, and was taken by convention.
     """
 
     config: GPTConfig
@@ -70,6 +73,7 @@ class Trace:
     origin: str
     prompts: list[Prompt]
     weights: Weights | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def has_activations(self) -> bool:
@@ -118,7 +122,14 @@ def save_trace(trace: Trace, path: Path) -> None:
         arrays |= {f"{at}.ids": prompt.ids.numpy(), f"{at}.positions": prompt.positions.numpy()}
         arrays[f"{at}.logits"] = prompt.logits.numpy()
         arrays |= {f"{at}.activations.{point}": value.numpy() for point, value in prompt.activations.items()}
+    bad = [len(prompt.ids) for prompt in trace.prompts if not _is_finite(prompt)]
+    if bad:
+        raise LoadstoneError(
+            f"{trace.origin}: it computes NaN or infinity for {bad[0]} tokens, so nothing can be compared with it. "
+            "`loadstone verify` says where they come from."
+        )
     facts = {"config": to_own(trace.config), "stored": trace.stored, "origin": trace.origin, "loadstone": __version__}
+    facts["assumed"] = list(trace.assumed)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with atomic_file(path, need=sum(array.nbytes for array in arrays.values())) as temporary:
         metadata = {KEY: VERSION, "trace": json.dumps(facts)}
@@ -142,14 +153,19 @@ def load_trace(path: Path) -> Trace:
     if metadata[KEY] != VERSION:
         problem = f"a trace of version {shown(metadata[KEY])}; this Loadstone reads version {VERSION}."
         raise FormatError(path, problem, "Write it again with `loadstone trace`.")
-    config, stored, origin = _facts(path, metadata.get("trace", ""))
-    return Trace(config, stored, origin, list(_prompts(path, checkpoint, config)))
+    facts = _facts(path, metadata.get("trace", ""))
+    prompts = list(_prompts(path, checkpoint, facts["config"]))
+    return Trace(prompts=prompts, **facts)
 
 
-def _facts(path: Path, text: str) -> tuple[GPTConfig, str, str]:
+def _facts(path: Path, text: str) -> dict[str, Any]:
     try:
         facts = json.loads(text)
-        return from_own(facts["config"], str(path)), str(facts["stored"]), str(facts["origin"])
+        if not is_known(facts["stored"]):
+            raise ValueError(f"no element type is called {shown(facts['stored'])}")
+        found = {name: str(facts[name]) for name in ("stored", "origin")}
+        config, assumed = from_own(facts["config"], str(path)), tuple(map(str, facts["assumed"]))
+        return {"config": config, "assumed": assumed, **found, "origin": f"{path} (of {found['origin']})"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its description cannot be read ({type(error).__name__}: {error})") from None
 
@@ -185,9 +201,15 @@ def _check(path: Path, prompt: Prompt, length: int, config: GPTConfig) -> None:
     shapes += [value.dtype == torch.float32 for value in (prompt.logits, *prompt.activations.values())]
     if not all(shapes):
         raise _damaged(path, f"the tensors of the prompt of length {length} do not have the shapes of its model")
+    if not _is_finite(prompt):
+        raise _damaged(path, f"the prompt of length {length} holds NaN or infinity")
     for values, end in ((prompt.ids, config.vocab_size), (prompt.positions, length)):
         if len(values) == 0 or int(values.min()) < 0 or int(values.max()) >= end:
             raise _damaged(path, f"the prompt of length {length} has token ids or positions out of range")
+
+
+def _is_finite(prompt: Prompt) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in (prompt.logits, *prompt.activations.values()))
 
 
 def _damaged(path: Path, what: str) -> FormatError:

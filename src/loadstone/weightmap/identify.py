@@ -184,7 +184,11 @@ def _find_config(
         if table.dialect == "nanogpt":
             return from_nanogpt(arguments, f"{checkpoint.path}: model_args", ignore), "model_args in the checkpoint", []
         if table.dialect == "meta":
-            return from_meta(arguments, facts, f"{checkpoint.path}: model_args", ignore), "model_args in the checkpoint", []
+            return (
+                from_meta(arguments, facts, f"{checkpoint.path}: model_args", ignore),
+                "model_args in the checkpoint",
+                [],
+            )
     if table.dialect == "meta" and (values := _beside(checkpoint, "params.json")):
         config = from_meta(values, facts, f"{checkpoint.folder}/params.json", ignore)
         return config, "params.json", [f"context_length = {config.context_length} (params.json does not record it)"]
