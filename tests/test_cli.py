@@ -233,3 +233,13 @@ def test_every_verb_has_help(run: Run, verb: str) -> None:
     status, out, _ = run(verb, "--help")
     assert status == 0
     assert "SRC" in out
+
+
+def test_too_little_memory_is_told_in_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 250 MiB")
+
+    monkeypatch.setattr("loadstone.checkpoint.open_checkpoint", exhausted)
+    status, out, error = run("inspect", folder)
+    assert (status, out) == (2, "")
+    assert error.startswith("loadstone: there is not enough memory (Unable to allocate 250 MiB).")

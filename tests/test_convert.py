@@ -21,7 +21,7 @@ from loadstone.convert import convert
 from loadstone.errors import ConfigError, FormatError, LoadstoneError, PlanError, SourceError
 from loadstone.layouts import LAYOUTS
 from loadstone.load import load_model, open_source
-from loadstone.weightmap import TABLES
+from loadstone.weightmap import TABLES, identify
 from memory import MemoryCheckpoint
 from model_files import GPT2, write_hf
 from small_models import CHECKPOINTS, CONFIGS
@@ -248,11 +248,18 @@ def test_force_replaces_nothing_that_came_or_changed_after_the_conversion(source
     folder, file = tmp_path / "hf", tmp_path / "m.pth"
     convert(source, folder, to="hf", parity=False)
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(SourceError, match=r"thesis\.txt came or changed later"):
+    with pytest.raises(SourceError, match=r"'thesis\.txt' came later"):
         convert(source, folder, to="hf", force=True)
+    (folder / "thesis.txt").unlink()
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # trained on, say: of the same size
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(SourceError, match=r"'model\.safetensors' has changed"):
+        convert(source, folder, to="hf", force=True)
+    assert (folder / "model.safetensors").read_bytes() == weights
     convert(source, file, to="raschka", parity=False)
     torch.save({"mine": torch.ones(3)}, file)
-    with pytest.raises(SourceError, match=r"m\.pth came or changed later"):
+    with pytest.raises(SourceError, match=r"'m\.pth' has .* bytes, certified were"):
         convert(source, file, to="raschka", force=True)
     assert torch.load(file)["mine"].sum() == 3
 
@@ -356,6 +363,19 @@ def test_what_is_read_back_is_compared(source: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "open_checkpoint", damaged)
     with pytest.raises(LoadstoneError, match=r"not what was written: transformer\.wpe\.weight"):
         convert(source, tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_result_that_does_not_fill_the_model_is_not_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lossy(checkpoint: Checkpoint, **options: Any) -> Any:
+        del checkpoint.tensors["transformer.h.0.ln_1.bias"]
+        return identify(checkpoint, **options)
+
+    monkeypatch.setattr(module, "identify", lossy)
+    with pytest.raises(PlanError, match=r"missing 1: transformer\.h\.0\.ln_1\.bias"):
+        convert(source, tmp_path / "hf", to="hf", parity=False)
     assert not (tmp_path / "hf").exists()
 
 

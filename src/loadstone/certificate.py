@@ -112,6 +112,18 @@ def check(path: Path, progress: Progress | None = None) -> list[Check]:
 
 
 def _check_files(path: Path, files: Mapping[str, Any], advance: Callable[[int], None]) -> Check:
+    title, wrong = "files are as certified", changed_files(path, files, advance)
+    if wrong:
+        return Check(title, False, f"{len(wrong)} of {len(files)}: {few(wrong)}")
+    strangers = strangers_in(path, files) if path.is_dir() else []
+    more = f"; not in the certificate: {few(map(shown, strangers))}" if strangers else ""
+    return Check(title, True, f"{len(files)} files, byte for byte (SHA-256){more}")
+
+
+def changed_files(
+    path: Path, files: Mapping[str, Any], advance: Callable[[int], None] = lambda nbytes: None
+) -> list[str]:
+    """What is not as certified among the `files` of a conversion: a sentence each, by size and SHA-256."""
     base = path if path.is_dir() else path.parent
     wrong = []
     for name, entry in files.items():
@@ -125,12 +137,7 @@ def _check_files(path: Path, files: Mapping[str, Any], advance: Callable[[int], 
             wrong.append(f"{shown(name)} is missing")
         except OSError as error:
             wrong.append(f"{shown(name)} cannot be read ({error.strerror})")
-    title = "files are as certified"
-    if wrong:
-        return Check(title, False, f"{len(wrong)} of {len(files)}: {few(wrong)}")
-    strangers = strangers_in(path, files) if path.is_dir() else []
-    more = f"; not in the certificate: {few(map(shown, strangers))}" if strangers else ""
-    return Check(title, True, f"{len(files)} files, byte for byte (SHA-256){more}")
+    return wrong
 
 
 def strangers_in(folder: Path, files: Mapping[str, Any]) -> list[str]:

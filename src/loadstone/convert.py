@@ -22,9 +22,10 @@ from . import certificate
 from .certificate import Recorder, hash_tensor
 from .checkpoint import open_checkpoint, proof
 from .checkpoint.atomic import atomic_file, atomic_folder
-from .checkpoint.base import DTYPES, Checkpoint
-from .checkpoint.wording import few, size_text
+from .checkpoint.base import DTYPES, Array, Checkpoint
+from .checkpoint.wording import few, shown, size_text
 from .config import to_own
+from .config.losses import require_fields
 from .errors import LoadstoneError, SourceError
 from .layouts import LAYOUTS, Job, Layout
 from .load import load_tokenizer_for, open_source, settle_tie
@@ -74,13 +75,12 @@ def convert(
     """
     if shard_size is not None and (type(shard_size) is not int or shard_size < 1):
         raise LoadstoneError(f"shard_size {shard_size!r}: expected a number of bytes of at least 1, or None.")
-    identity = _open(source, options)
-    table = table_for(identity.config.architecture, to)
-    path, layout = _named(destination, LAYOUTS[to]), LAYOUTS[to]
-    translated = Translated(identity, table, _element_type(dtype, to))
     accepted = (accept,) if isinstance(accept, str) else tuple(accept)
-    if unknown := sorted(set(accepted) - to_own(identity.config).keys()):
-        raise LoadstoneError(f"no config field is called {', '.join(unknown)}, so its change cannot be accepted.")
+    require_fields(accepted)
+    identity = _open(source, options)
+    table, layout = table_for(identity.config.architecture, to), LAYOUTS[to]
+    path = _named(destination, layout)
+    translated = Translated(identity, table, _element_type(dtype, to))
     job = Job(identity, Recorder(translated), load_tokenizer_for(identity), dtype, shard_size, accepted)
     if progress:
         job.progress = partial(progress, "writing")
@@ -145,17 +145,12 @@ def _may_replace(path: Path, source: Checkpoint, layout: Layout, force: bool) ->
     if not force:
         raise SourceError(f"{path}: it is there already. Replace it with --force, or choose a new name.")
     files = proof.read(proof.beside(path))["written"]["files"]
-    base = path if is_folder else path.parent
-    changed = [name for name, entry in files.items() if not _has_size(base / name, entry["bytes"])]
-    if mine := changed + (certificate.strangers_in(path, files) if is_folder else []):
+    strangers = certificate.strangers_in(path, files) if is_folder else []
+    if mine := certificate.changed_files(path, files) + [f"{shown(name)} came later" for name in strangers]:
         raise SourceError(
-            f"{path}: a conversion wrote it, but {few(mine)} came or changed later, and would be lost. Choose a new "
+            f"{path}: a conversion wrote it, but not as it is now, which would be lost: {few(mine)}. Choose a new "
             "name, or remove it yourself."
         )
-
-
-def _has_size(file: Path, nbytes: int) -> bool:
-    return file.is_file() and file.stat().st_size == nbytes
 
 
 @contextmanager
@@ -197,7 +192,7 @@ def _read_back(path: Path, temporary: Path, job: Job, progress: Stages | None) -
             given = DTYPES[job.tensors.info(name).dtype]
             if not np.can_cast(given, array.dtype, "safe") or checkpoint.info(name).dtype not in DTYPES:
                 rounded += 1
-            elif hash_tensor(array.astype(given, copy=False)) != job.tensors.hashes[name]:
+            elif job.tensors.hashes[name] != _hash_as(given, array, hashes[name]):
                 wrong.append(name)
         done += checkpoint.info(name).nbytes
         if progress:
@@ -209,9 +204,14 @@ def _read_back(path: Path, temporary: Path, job: Job, progress: Stages | None) -
         )
     if rounded:
         job.remarks.append(
-            f"{rounded} tensors were rounded by the container's types; the parity figures say by how much"
+            f"{rounded} tensors were rounded by the container's types; the parity figures, where run, say by how much"
         )
     return checkpoint, hashes
+
+
+def _hash_as(given: np.dtype[Any], array: Array, digest: str) -> str:
+    """The hash of an array in the type that went in, which GGUF may have widened; `digest` is that of its own."""
+    return digest if array.dtype == given else hash_tensor(array.astype(given))
 
 
 def _reopened(written: tuple[Checkpoint, dict[str, str]], identity: Identity, to: str) -> Identity:

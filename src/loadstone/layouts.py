@@ -151,9 +151,8 @@ def _gguf(job: Job, file: Path) -> None:
     from .config.to_gguf import gguf_tensors, to_gguf
     from .tokenizer.export import gguf_vocabulary
 
-    if doubles := [
-        name for name, info in job.tensors.tensors.items() if info.dtype == "float64" and job.dtype == "keep"
-    ]:
+    doubles = [name for name, info in job.tensors.tensors.items() if info.dtype == "float64"]
+    if doubles and job.dtype == "keep":
         raise LoadstoneError(
             f"{job.identity.checkpoint.path}: GGUF has no float64, and {few(doubles)} would be rounded. If you accept "
             "that: --dtype float32"
@@ -199,8 +198,6 @@ def _said(job: Job, write: Callable[..., Any]) -> Any:
     try:
         return write(job.config)
     except ConfigError as error:
-        if not job.accept:
-            raise
         said = write(job.config, accept=job.accept)
         job.remarks.append(f"accepted: {str(error).partition(' If you accept')[0]}")
         return said

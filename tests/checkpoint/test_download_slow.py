@@ -5,7 +5,6 @@ from __future__ import annotations
 import email.utils
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from loadstone.errors import SourceError
 from loopback import Handler, Loopback, Reply, in_turn, served
 
 BODY = random.Random(7).randbytes(2 * CHUNK - 123)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Loopback() as loopback:
-        yield loopback
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import torch
 from loadstone.convert import convert
 from loadstone.generate import generate
 from loadstone.load import load
+from loadstone.model import GPT
+from loadstone.tokenizer import Tokenizer
 from model_files import GPT2, write_hf
 from peers.test_transformers import CASES, hostile
 
@@ -84,13 +86,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROMPTS = ("The capital of France is", "Two plus two is", " A \n\tcat's naïve 123 café")
 
 
+def exported(smollm2: Path, dtype: str) -> tuple[Path, GPT, Tokenizer]:
+    """SmolLM2 as a new GGUF file, and as we load that."""
+    path = smollm2 / f"{dtype}.gguf"
+    convert(smollm2 / "hf", path, to="gguf", dtype=dtype, parity=False)
+    model, tokenizer = load(path)
+    assert tokenizer is not None
+    return path, model, tokenizer
+
+
 def test_an_exported_gguf_gives_the_same_greedy_text_in_llama_cpp(smollm2: Path) -> None:
     """Through HuggingFace's layout and back: the vocabulary is written anew, and so is every tensor."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    path = smollm2 / "float32.gguf"
-    convert(smollm2 / "hf", path, to="gguf", dtype="float32", parity=False)
-    model, tokenizer = load(path)
-    assert tokenizer is not None
+    path, model, tokenizer = exported(smollm2, "float32")
     theirs = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
     for prompt in PROMPTS:
         assert theirs.tokenize(prompt.encode()) == tokenizer.encode(prompt)
@@ -104,10 +112,7 @@ def test_an_exported_gguf_gives_the_same_greedy_text_in_llama_cpp(smollm2: Path)
 def test_an_exported_gguf_of_blocks_in_llama_cpp(smollm2: Path) -> None:
     """llama.cpp rounds activations to 8 bits where weights are blocks, so logits are close, not equal."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    path = smollm2 / "q8_0.gguf"
-    convert(smollm2 / "hf", path, to="gguf", dtype="q8_0", parity=False)
-    model, tokenizer = load(path)
-    assert tokenizer is not None
+    path, model, tokenizer = exported(smollm2, "q8_0")
     theirs = llama_cpp.Llama(str(path), n_ctx=256, verbose=False, logits_all=True)
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)

@@ -40,11 +40,11 @@ def layer_template(name: str) -> str:
     return _LAYER.sub("#", name, count=1)
 
 
-def folded(names: Sequence[str]) -> str:
-    """`h.0.x`, `h.1.x`, `h.2.x` -> `h.{0..2}.x`; a single name stays."""
+def folded(names: Sequence[str], span_from: int = 2) -> str:
+    """`h.0.x`, `h.1.x`, `h.2.x` -> `h.{0..2}.x`; fewer layers than `span_from` are listed; a single name stays."""
     numbers = sorted(int(found.group()) for name in names if (found := _LAYER.search(name)))
     if len(names) == 1 or len(numbers) != len(names):
         return names[0]
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    whole = len(numbers) >= span_from and numbers == list(range(numbers[0], numbers[-1] + 1))
     span = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
     return _LAYER.sub(f"{{{span}}}", names[0], count=1)

@@ -52,8 +52,7 @@ def require_said(
 
     Raises ConfigError that lists the fields, and for a name in `accept` that is no field.
     """
-    if unknown := sorted(set(accept) - {field.name for field in fields(GPTConfig)}):
-        raise ConfigError(f"no config field is called {', '.join(unknown)}, so its change cannot be accepted.")
+    require_fields(accept)
     passed = {*accept, *unrecorded}
     lost = {name: pair for name, pair in differences(wanted, meant).items() if name.split(".")[0] not in passed}
     if lost:
@@ -65,6 +64,12 @@ def require_said(
             f"{dialect} cannot say all that this model does: {listed}. Its program would compute something else. "
             f"If you accept that: {' '.join(f'--accept {name}' for name in names)}"
         )
+
+
+def require_fields(accept: Collection[str]) -> None:
+    """Raises ConfigError if something is accepted that is no field."""
+    if unknown := sorted(set(accept) - {field.name for field in fields(GPTConfig)}):
+        raise ConfigError(f"no config field is called {', '.join(unknown)}, so its change cannot be accepted.")
 
 
 def require_architecture(config: GPTConfig, dialect: str, *known: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-from ..checkpoint.wording import few
+from ..checkpoint.wording import few, folded, layer_template
 from ..weightmap import Identity
 from .finding import Finding
 from .search import Diagnosis
@@ -75,17 +74,8 @@ def _folded(names: Sequence[str]) -> list[str]:
     """`h.0.x`, `h.1.x`, `h.2.x` -> `h.{0,1,2}.x`."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"\d+", "#", name, count=1), []).append(name)
-    folded = []
-    for template, members in groups.items():
-        if len(members) == 1:
-            folded.append(members[0])
-            continue
-        numbers = [int(found[0]) for name in members if (found := re.search(r"\d+", name))]
-        whole = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
-        shown = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
-        folded.append(template.replace("#", f"{{{shown}}}", 1))
-    return folded
+        groups.setdefault(layer_template(name), []).append(name)
+    return [folded(members, span_from=3) for members in groups.values()]
 
 
 def _hint(config: Mapping[str, Any]) -> str:
