@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from loadstone.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def shared_folder() -> Path:
@@ -19,3 +26,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data at {folder} (set LOADSTONE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `loadstone ARGUMENTS`; returns (exit status, standard output, standard error)."""
+
+    def invoke(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["loadstone", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return invoke

@@ -171,3 +171,45 @@ def test_half_precision_stays_near_float32(dtype: torch.dtype) -> None:
         exact = model(ids)
         half = model.to(dtype)(ids).float()
         assert (half - exact).abs().max() < 0.1 * exact.abs().max(), name
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    """Each document of a packed row gives the hidden states that it gives alone, learned positions and rotary ones."""
+    for config in (SWITCHES["gpt2"], SWITCHES["llama, grouped"]):
+        model = hostile(config)
+        first, second = torch.arange(5)[None] + 1, torch.arange(7)[None] + 3
+        packed = torch.cat([first, second], dim=1)
+        segments = torch.tensor([[0] * 5 + [1] * 7])
+        found = model.hidden(packed, segments_BT=segments)
+        torch.testing.assert_close(found[:, :5], model.hidden(first), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[:, 5:], model.hidden(second), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, model.hidden(packed))
+
+
+def test_dropout_is_for_training_only() -> None:
+    torch.manual_seed(0)
+    model = GPT(SWITCHES["gpt2"])
+    ids = torch.arange(8)[None]
+    before = model.eval()(ids)
+    model.set_dropout(0.5)
+    assert torch.equal(model(ids), before)
+    torch.manual_seed(1)
+    first = model.train()(ids)
+    assert not torch.equal(first, before)
+    torch.manual_seed(1)
+    assert torch.equal(model(ids), first)
+    places = [module.dropout for module in model.modules() if hasattr(module, "dropout")]
+    assert places == [0.5] * (1 + 2 * model.config.n_layers)
+
+
+def test_recomputing_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = GPT(SWITCHES["llama, grouped"]).train()
+    ids = torch.arange(8)[None]
+    found = []
+    for again in (False, True):
+        model.recompute = again
+        model.zero_grad()
+        model(ids).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

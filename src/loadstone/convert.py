@@ -36,7 +36,7 @@ BLOCK_TYPES = ("q8_0", "q4_0")  # what only GGUF has
 SHARD_SIZE = 5_000_000_000  # bytes, as hubs like it
 # Both models run in float32 for the parity figures; above this much of weights that takes longer than converting.
 PARITY_UP_TO = 2_000_000_000
-_HEADROOM = 50_000_000  # bytes for headers, tokenizer and certificate
+HEADROOM = 50_000_000  # bytes for headers, tokenizer and certificate
 
 Stages = Callable[[str, int, int], None]  # "writing" or "reading back", bytes done, bytes in all
 
@@ -77,32 +77,47 @@ def convert(
         raise LoadstoneError(f"shard_size {shard_size!r}: expected a number of bytes of at least 1, or None.")
     accepted = (accept,) if isinstance(accept, str) else tuple(accept)
     require_fields(accepted)
-    identity = _open(source, options)
+    identity = opened(source, options)
     table, layout = table_for(identity.config.architecture, to), LAYOUTS[to]
     path = _named(destination, layout)
-    translated = Translated(identity, table, _element_type(dtype, to))
+    translated = Translated(identity, table, element_type(dtype, to))
     job = Job(identity, Recorder(translated), load_tokenizer_for(identity), dtype, shard_size, accepted)
     if progress:
         job.progress = partial(progress, "writing")
-    _may_replace(path, identity.checkpoint, layout, force)
-    with _destination(path, layout, layout.nbytes(job) + _HEADROOM) as (temporary, proof_file):
-        layout.write(job, temporary)
-        written = _read_back(path, temporary, job, progress)
-        values = _certificate(path, job, translated, written, temporary)
-        values["parity"] = _parity(identity, _reopened(written, identity, to), dtype, parity)
-        values["remarks"] = identity.remarks + job.remarks
-        proof.write(values, proof_file)
+    may_replace(path, identity.checkpoint, layout, force)
+    with destination_for(path, layout, layout.nbytes(job) + HEADROOM) as places:
+        return fill(path, places, job, translated, to, parity=parity, progress=progress)
+
+
+def fill(
+    path: Path,
+    places: tuple[Path, Path],
+    job: Job,
+    translated: Translated,
+    to: str,
+    *,
+    parity: bool | None = False,
+    progress: Stages | None = None,
+) -> dict[str, Any]:
+    """Write everything that will be at `path` to its temporary places, read it back; returns the certificate."""
+    temporary, proof_file = places
+    LAYOUTS[to].write(job, temporary)
+    written = _read_back(path, temporary, job, progress)
+    values = _certificate(path, job, translated, written, temporary)
+    values["parity"] = _parity(job.identity, _reopened(written, job.identity, to), job.dtype, parity)
+    values["remarks"] = job.identity.remarks + job.remarks
+    proof.write(values, proof_file)
     return values
 
 
-def _open(source: Any, options: dict[str, Any]) -> Identity:
+def opened(source: Any, options: dict[str, Any]) -> Identity:
     identity = open_source(source, **options)
     identity.plan.require_clean(str(identity.checkpoint.path))
     settle_tie(identity)
     return identity
 
 
-def _element_type(dtype: str, to: str) -> str | None:
+def element_type(dtype: str, to: str) -> str | None:
     if dtype in BLOCK_TYPES and to != "gguf":
         raise LoadstoneError(f"dtype {dtype} is one of GGUF's block types, and {to} has none. Choose --to gguf.")
     if dtype not in ("keep", "float32", "float16", "bfloat16", *BLOCK_TYPES):
@@ -120,7 +135,7 @@ def _named(destination: str | Path, layout: Layout) -> Path:
     return Path(destination)
 
 
-def _may_replace(path: Path, source: Checkpoint, layout: Layout, force: bool) -> None:
+def may_replace(path: Path, source: Checkpoint, layout: Layout, force: bool) -> None:
     """Only what a conversion wrote, all of it and nothing else, is ever replaced, and only when asked."""
     try:
         there = path.exists() and not (path.is_dir() and not any(path.iterdir()))
@@ -154,7 +169,7 @@ def _may_replace(path: Path, source: Checkpoint, layout: Layout, force: bool) ->
 
 
 @contextmanager
-def _destination(path: Path, layout: Layout, need: int) -> Iterator[tuple[Path, Path]]:
+def destination_for(path: Path, layout: Layout, need: int) -> Iterator[tuple[Path, Path]]:
     """Temporary places for the result and for its certificate, which take their names when all is well."""
     made = [parent for parent in path.parents if not parent.exists()]
     try:

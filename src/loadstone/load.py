@@ -98,7 +98,7 @@ def load_model(
     plan, checkpoint = identity.plan, identity.checkpoint
     plan.require_clean(str(checkpoint.path))
     target_type = _target_dtype(identity, dtype)
-    _check_device(device)
+    require_device(device)
     settle_tie(identity)
     plan = identity.plan
     with torch.device("meta"):
@@ -249,7 +249,7 @@ def _target_dtype(identity: Identity, wanted: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _check_device(device: str | torch.device) -> None:
+def require_device(device: str | torch.device) -> None:
     """Find out before anything is loaded. Raises PlanError if torch does not know the device or has no such thing."""
     import torch
 

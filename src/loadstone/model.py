@@ -16,6 +16,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .config import GPTConfig, Rope
 
@@ -73,10 +74,20 @@ class KVCache:
 class Positions:
     """Where the tokens of one call stand, and what follows from it for all layers: rotation and mask.
 
+    `segments_BT` numbers the documents packed into each row: positions begin anew in each, and none sees another.
+
     Raises IndexError if a position lies beyond the context or the cache.
     """
 
-    def __init__(self, config: GPTConfig, starts: Sequence[int], n_tokens: int, limit: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        starts: Sequence[int],
+        n_tokens: int,
+        limit: int,
+        like: Tensor,
+        segments_BT: Tensor | None = None,
+    ) -> None:
         self.end = max(starts) + n_tokens
         if self.end > limit:
             raise IndexError(f"position {self.end - 1} is beyond the limit of {limit} tokens")
@@ -89,7 +100,18 @@ class Positions:
         self.mask: Tensor | None = None  # [B or 1, 1, T, S]; None means causal, or everything
         if not self.causal and (n_tokens > 1 or not self.uniform):
             self.mask = (torch.arange(self.end, device=device) <= self.ids_BT[..., None])[:, None]
+        if segments_BT is not None:
+            self._separate(segments_BT)
         self.rotation = rotation(config.rope, config.head_dim, self.ids_BT, like) if config.rope else None
+
+    def _separate(self, segments_BT: Tensor) -> None:
+        """Positions and mask of packed documents; each occupies neighbouring tokens of its row."""
+        steps = self.ids_BT.expand_as(segments_BT)  # [B, T]
+        same_BTT = segments_BT[:, :, None] == segments_BT[:, None]
+        self.mask = (same_BTT & (steps[:, None] <= steps[..., None]))[:, None]
+        begins = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0))  # where another document starts
+        self.ids_BT = steps - torch.where(begins, steps, 0).cummax(dim=1).values
+        self.causal = False
 
 
 @cache
@@ -169,6 +191,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention. Query heads share key/value heads in groups of H/K (MHA if K = H, MQA if K = 1)."""
 
+    dropout = 0.0
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
@@ -189,8 +213,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v, positions)  # both [B, K, S, D]
         grouped = self.n_heads != self.n_kv_heads
+        p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=positions.mask, is_causal=positions.causal, enable_gqa=grouped
+            q, k, v, attn_mask=positions.mask, is_causal=positions.causal, enable_gqa=grouped, dropout_p=p
         )  # [B, H, T, D]
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -222,6 +247,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block; in the parallel form attention and MLP read the same x."""
 
+    dropout = 0.0
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.parallel = config.parallel_residual
@@ -231,15 +258,27 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
-        attended_BTC = x_BTC + self.attn(self.norm1(x_BTC), positions, cache, layer)
-        return attended_BTC + self.mlp(self.norm2(x_BTC if self.parallel else attended_BTC))
+        attended_BTC = x_BTC + dropped(self, self.attn(self.norm1(x_BTC), positions, cache, layer))
+        return attended_BTC + dropped(self, self.mlp(self.norm2(x_BTC if self.parallel else attended_BTC)))
+
+
+def dropped(module: Block | GPT, x: Tensor) -> Tensor:
+    """Dropout, in training only."""
+    return F.dropout(x, module.dropout) if module.dropout and module.training else x
 
 
 class GPT(nn.Module):
     """A decoder-only transformer. `GPT(config)` has random weights (GPT-2's initialisation); `loadstone.load` fills it.
 
     A tied head is no module of its own: the embedding matrix is used twice, so a tie cannot come apart.
+
+    Attributes:
+        dropout: set with `set_dropout`; it is how one trains, so it is no part of the config.
+        recompute: in training, keep each block's input only and compute the rest again for the gradients.
     """
+
+    dropout = 0.0
+    recompute = False
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -262,26 +301,36 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
 
-    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def set_dropout(self, p: float) -> None:
+        """The share of values dropped, in training, after the embeddings, in attention and on each residual branch."""
+        for module in self.modules():
+            if isinstance(module, (Attention, Block, GPT)):
+                module.dropout = p
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None, segments_BT: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, C], after the last norm.
 
         Args:
             ids_BT: token ids, int64.
             cache: continue after the tokens that it holds; they are at positions `cache.lengths`.
+            segments_BT: for packed rows, without a cache: the number of the document that each token belongs to.
 
         Raises IndexError beyond the context length or the cache, and for ids outside the vocabulary.
         """
         B, T = ids_BT.shape
         starts = cache.lengths if cache else [0] * B
         limit = cache.size if cache else self.config.context_length
-        positions = Positions(self.config, starts, T, limit, like=self.tok_emb.weight)
+        positions = Positions(self.config, starts, T, limit, self.tok_emb.weight, segments_BT)
         if cache:
             cache.reserve(positions.end)
         x_BTC = self.tok_emb(ids_BT)
         if self.pos_emb is not None:
             x_BTC = x_BTC + self.pos_emb(positions.ids_BT)
+        x_BTC = dropped(self, x_BTC)
+        again = self.recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, positions, cache, layer)
+            call = partial(checkpoint, block, use_reentrant=False) if again else block
+            x_BTC = call(x_BTC, positions, cache, layer)
         if cache:
             cache.lengths = [start + T for start in starts]
         return self.norm(x_BTC)

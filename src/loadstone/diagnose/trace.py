@@ -21,7 +21,8 @@ from torch import Tensor
 from .._version import __version__
 from ..checkpoint import open_checkpoint
 from ..checkpoint.atomic import atomic_file
-from ..checkpoint.base import Array, Checkpoint, TensorInfo
+from ..checkpoint.base import Array, Checkpoint
+from ..checkpoint.memory import Arrays
 from ..checkpoint.wording import shown
 from ..checkpoint.write_safetensors import write_safetensors_file
 from ..config import GPTConfig
@@ -102,18 +103,6 @@ def kept_positions(length: int) -> Tensor:
     return torch.linspace(0, length - 1, KEPT, dtype=torch.float64).round().long()
 
 
-class _Arrays(Checkpoint):
-    """Arrays in memory as the `Checkpoint` that a writer takes."""
-
-    def __init__(self, path: Path, arrays: Mapping[str, Array]) -> None:
-        super().__init__(path, "memory")
-        self._arrays = arrays
-        self.tensors = {n: TensorInfo(a.shape, a.dtype.name, a.nbytes) for n, a in arrays.items()}
-
-    def read(self, name: str) -> Array:
-        return self._arrays[name]
-
-
 def save_trace(trace: Trace, path: Path) -> None:
     """Write it as one safetensors file, under its name only when complete."""
     arrays: dict[str, Array] = {}
@@ -133,7 +122,7 @@ def save_trace(trace: Trace, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with atomic_file(path, need=sum(array.nbytes for array in arrays.values())) as temporary:
         metadata = {KEY: VERSION, "trace": json.dumps(facts)}
-        write_safetensors_file(_Arrays(path, arrays), temporary, metadata=metadata)
+        write_safetensors_file(Arrays(path, arrays), temporary, metadata=metadata)
 
 
 def is_trace(path: Path) -> bool:

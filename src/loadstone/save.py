@@ -1,0 +1,65 @@
+"""`save_model`: a live model as a folder that transformers reads; what `convert` does to files, for a module in memory.
+
+Why not as others do it: `torch.save(model.state_dict())` is a pickle without config or tokenizer, litgpt needs a second
+step to become a HuggingFace folder, and none of them looks at what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .certificate import Recorder
+from .config import GPTConfig
+from .config.to_hf import to_hf
+from .convert import HEADROOM, destination_for, element_type, fill, may_replace, opened
+from .errors import ConfigError
+from .layouts import LAYOUTS, Job
+from .weightmap import Translated, table_for
+
+if TYPE_CHECKING:
+    from .model import GPT
+    from .tokenizer import Tokenizer
+
+
+def save_model(
+    model: GPT,
+    destination: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "keep",
+    force: bool = False,
+    beside: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Write a model atomically, read it back and certify it.
+
+    A model that HuggingFace's config cannot express (GPT-2 without q/k/v biases, say) keeps our own names.
+
+    Args:
+        model: on any device; it is left as it is.
+        destination: a new folder, or with `force` one that `convert` or `save_model` wrote.
+        tokenizer: its files are written too.
+        dtype: `keep`, `float32`, `float16`, `bfloat16`.
+        beside: called with the folder before it takes its name, to add files that the certificate does not list.
+
+    Returns the certificate. Raises a LoadstoneError if it cannot be written; then nothing was changed.
+    """
+    identity, path = opened(model, {}), Path(destination)
+    to = "hf" if _hf_can_say(identity.config) else "loadstone"
+    translated = Translated(identity, table_for(identity.config.architecture, to), element_type(dtype, to))
+    job = Job(identity, Recorder(translated), tokenizer, dtype)
+    may_replace(path, identity.checkpoint, LAYOUTS[to], force)
+    with destination_for(path, LAYOUTS[to], LAYOUTS[to].nbytes(job) + HEADROOM) as places:
+        values = fill(path, places, job, translated, to)
+        if beside:
+            beside(places[0])
+    return values
+
+
+def _hf_can_say(config: GPTConfig) -> bool:
+    try:
+        to_hf(config)
+    except ConfigError:
+        return False
+    return True
