@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from loadstone.errors import FormatError, LoadstoneError
 from loadstone.load import load_model, open_source
 from loadstone.verify import VerifyReport, verify
 from model_files import GPT2, tensors_of, write_hf, write_torch
-from test_cli import Run, run
 
-__all__ = ["run"]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

