@@ -1,0 +1,1 @@
+"""Training: one readable loop for training from scratch and for fine-tuning."""
