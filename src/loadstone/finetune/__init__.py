@@ -1,0 +1,1 @@
+"""Fine-tuning: strategies (what learns when), LoRA and its files."""
