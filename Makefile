@@ -1,4 +1,4 @@
-# make demo    load real pretrained weights and chat with them
+# make demo    the model that comes with the package; then real pretrained weights, and a chat with them
 # make test    what every change must pass
 # make lint    style and types
 # make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
@@ -32,7 +32,13 @@ $(VENV)/tools: $(VENV)/installed
 	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[test,lint,offline]"
 	@touch $@
 
-demo: $(VENV)/model
+# First the model that comes with the package, then real pretrained weights.
+demo: $(VENV)/installed
+	@for command in "inspect tiny" "verify tiny"; do \
+		printf '\n$$ loadstone %s\n' "$$command"; $(RUN) $$command || exit $$?; done
+	@printf '\n$$ loadstone generate tiny "It was a dark night, and" --seed 1 -n 60\n'
+	@$(RUN) generate tiny "It was a dark night, and" --seed 1 -n 60
+	@$(MAKE) --no-print-directory $(VENV)/model
 	@for command in "inspect smollm2" "plan smollm2" "verify smollm2"; do \
 		printf '\n$$ loadstone %s\n' "$$command"; $(RUN) $$command || exit $$?; done
 	@printf '\n$$ loadstone chat smollm2 --prompt "What is the capital of France?" --temperature 0\n'
@@ -70,6 +76,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/load.py
 	$(PEERS)/bin/python benchmarks/dequantise.py
 	$(PEERS)/bin/python benchmarks/qkv.py
+	$(PEERS)/bin/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

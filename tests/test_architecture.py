@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "_version", "checks"},
     {"config"},
     {"model", "checkpoint"},
-    {"weightmap", "sampling"},
+    {"weightmap", "sampling", "kernels"},
     {"tokenizer"},
     {"load", "certificate"},
     {"diagnose", "generate", "report", "diff", "sizes", "layouts"},

@@ -15,7 +15,7 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import compare, fetch, look, prove, run, write
+from . import adapter, classify, compare, extend, fetch, look, plot, prepare, prove, run, train, write
 from .options import spread
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, compare.diff),
     *(run.generate, run.chat, write.convert, fetch.pull),
+    *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
 )
 for _verb in VERBS:
     app.command()(spread(_verb))

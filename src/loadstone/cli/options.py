@@ -25,7 +25,7 @@ Src = Annotated[
     typer.Argument(
         metavar="SRC",
         help="A file, a folder, a hub name (owner/name, owner/name@revision), an alias (gpt2, gpt2-medium, gpt2-large, "
-        "gpt2-xl, distilgpt2, smollm2), openai:124M, or a URL.",
+        "gpt2-xl, distilgpt2, smollm2, tiny), openai:124M, or a URL.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
