@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loadstone.cli import main
 from loadstone.config import PRESETS, GPTConfig, Rope
 from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.errors import ConfigError
@@ -171,10 +173,17 @@ def test_gpt2_on_eight_gpus() -> None:
     assert plan.tokens_per_second
     assert plan.seconds == pytest.approx(plan.tokens / plan.tokens_per_second)
     assert "assumed: 30% of 989 TFLOP/s" in plan.basis
-    assert "no loss between them" in plan.basis
+    assert "nothing lost between them" in plan.basis
     text = "\n".join(plan_lines(plan))
-    for shown in ("124,439,808 parameters", "all trained", "19,074 steps x 512 sequences x 1,024 tokens = 10B tokens",
-                  "each of 8 devices: 4 x 16 sequences", "H100 SXM has 80 GB", "AdamW", "assumed"):  # fmt: skip
+    for shown in (
+        "124,439,808 parameters",
+        "all trained",
+        "19,074 steps x 512 sequences x 1,024 tokens = 10B tokens",
+        "on each of 8 devices: 4 micro-batches of 16 sequences a step",
+        "H100 SXM has 80 GB",
+        "AdamW",
+        "assumed",
+    ):
         assert shown in text
     assert json.loads(json.dumps(plan.as_dict()))["memory"]["peak"] == plan.memory.peak
 
@@ -240,14 +249,15 @@ def test_warnings() -> None:
     assert "5.1 passes over the same data" in warned(padded, data_tokens=1_000_000)
     huge = replace(GPT2, vocab_size=50_304, d_model=8192, n_layers=80, n_heads=64, d_ff=0, head_dim=0, n_kv_heads=0)
     found = warned(huge, steps=10**7, batch_size=16, length=1024)
-    assert re.search(r"the tensors alone need 1\.\d TB", found)
-    assert "a smaller micro_batch (now 16), --recompute" in found
+    assert re.search(r"a process needs about 1\.\d TB", found)
+    assert "a smaller --micro-batch (now 16), --recompute" in found
     assert "A100 80 GB has 80 GB" in found
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        ({"config": replace(GPT2, n_layers=10**8)}, "n_layers 100000000 is more than 100,000, a slip surely"),
         ({"length": 65}, "length 65 must be from 1 to the context 64"),
         ({"length": 0}, "length 0 must be"),
         ({"batch_size": 0}, "must be 1 or more"),
@@ -266,9 +276,100 @@ def test_warnings() -> None:
     ],
 )
 def test_requests_that_make_no_sense(options: dict[str, Any], problem: str) -> None:
-    common: dict[str, Any] = {"batch_size": 8, "length": 64, "steps": 10, "device": "L4"}
+    common: dict[str, Any] = {
+        "config": CONFIGS["gpt2"], "batch_size": 8, "length": 64, "steps": 10, "device": "L4",
+    }  # fmt: skip
     with pytest.raises(ConfigError, match=problem):
-        plan_run(CONFIGS["gpt2"], **(common | options))
+        plan_run(**(common | options))
+
+
+# --- the command
+
+
+def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["loadstone", *arguments, "--dry-run"])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, *capsys.readouterr()
+
+
+LLAMA_7B = """
+[model]
+architecture = "llama"
+vocab_size = 32000
+d_model = 4096
+n_layers = 32
+n_heads = 32
+d_ff = 11008
+context_length = 4096
+norm = "rmsnorm"
+norm_bias = false
+activation = "silu"
+gated_mlp = true
+qkv_bias = false
+attn_out_bias = false
+mlp_bias = false
+tied = false
+rope = {}
+[settings]
+steps = 10000
+batch_size = 1024
+micro_batch = 1
+dtype = "bfloat16"
+"""
+
+
+def test_a_7b_llama_on_eight_h100(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "llama.toml").write_text(LLAMA_7B)
+    request = ["train", str(tmp_path / "llama.toml"), "--devices", "8", "--on", "H100"]
+    status, out, _ = dry(capsys, *request)
+    assert status == 0
+    assert "6,738,415,616 parameters" in out  # Llama 2 7B's
+    assert "on each of 8 devices: 128 micro-batches of 1 sequence a step" in out
+    assert re.search(r"weights +6\.0 GB  float32, this device's part, and what is gathered to compute", out)
+    assert "H100 SXM has 80 GB" in out
+    plan = json.loads(dry(capsys, *request, "--json")[1])
+    outside, block = 2 * 32_000 * 4096 + 4096, 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
+    assert plan["parameters"] == outside + 32 * block
+    assert plan["memory"]["optimizer"] == 2 * plan["memory"]["gradients"] == 8 * plan["parameters"] // 8
+    assert plan["memory"]["weights"] == 4 * plan["parameters"] // 8 + 4 * (outside + 2 * block)
+    assert plan["memory"]["copies"] == 2 * 32 * (block - 2 * 4096)
+    # By hand: 2 operations for each weight of a matrix, and scores and values of all pairs; three times with gradients.
+    products = 32 * (block - 2 * 4096) + 32_000 * 4096
+    assert plan["flops"] == pytest.approx(3 * (2 * products + 32 * 4 * 4096 * 4096) * plan["tokens"])
+    assert plan["tokens_per_second"] == pytest.approx(8 * 0.3 * 989.4e12 * plan["tokens"] / plan["flops"])
+    assert plan["seconds"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"])
+    assert plan["memory"]["peak"] < plan["process"] < plan["device_memory"] == 80e9
+    alone = json.loads(dry(capsys, *request, "--json", "--devices", "1")[1])
+    assert alone["memory"]["optimizer"] == 8 * alone["parameters"]
+    assert alone["seconds"] == pytest.approx(8 * plan["seconds"])
+    assert "a process needs about" in alone["warnings"][0]
+    assert "micro-batch" not in alone["warnings"][0]  # it is 1, so that is no way out
+    assert "--dtype" not in alone["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "cannot be reckoned, since no --data are named: say --steps"),
+        (["--data", "hub:owner/name"], "since their size is not known before they are read: say --steps"),
+        (["--data", "nothing.txt"], "nothing.txt: there is no such file"),
+        (["--resume"], "--run FOLDER says where the run is kept"),
+        (["--steps", "9" * 330], "steps must not be negative or infinite, or 2^53 and more; found 999"),
+        (["--steps", "5", "--epochs", "inf"], "epochs must not be .* found inf"),
+        (["--steps", "5", "--devices", "3"], "batch_size 16 must be a multiple of 3 devices"),
+        (["--steps", "5", "--on", "abacus"], "no device is called 'abacus'"),
+        (["--steps", "5", "--mfu", "nan"], "must be above 0 and at most 1, found nan"),
+    ],
+)
+def test_bad_requests_are_one_paragraph(capsys: pytest.CaptureFixture[str], flags: list[str], problem: str) -> None:
+    status, out, err = dry(capsys, "train", *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(problem, err)
 
 
 def test_measured_here() -> None:
@@ -288,7 +389,7 @@ def test_measured_here() -> None:
 def test_nothing_is_measured_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadstone.train.devices._memory", lambda: 10**9)
     huge = replace(GPT2, n_layers=1000)
-    with pytest.raises(ConfigError, match=r"the tensors alone need .*this CPU .* has 1\.0 GB .* Nothing was measured"):
+    with pytest.raises(ConfigError, match=r"a process needs about .*this CPU .* has 1\.0 GB\. .* Nothing was measured"):
         plan_run(huge, batch_size=8, length=64, steps=10, measure=True)
 
 

@@ -16,5 +16,9 @@ class Arrays(Checkpoint):
         self._arrays = arrays
         self.tensors = {name: TensorInfo(a.shape, a.dtype.name, a.nbytes) for name, a in arrays.items()}
 
+    @property
+    def folder(self) -> None:
+        return None
+
     def read(self, name: str) -> Array:
         return self._arrays[name]

@@ -34,7 +34,10 @@ def _settings_options() -> Any:
 
 
 SettingsOptions = _settings_options()
-RunFolder = Annotated[Path, typer.Option("--run", metavar="RUN", help="Folder of the run: checkpoints and figures.")]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="Folder of the run: checkpoints and figures. A --dry-run needs none."),
+]
 Data = Annotated[
     Many, typer.Option("--data", metavar="PATH", help="Text file, folder, JSONL, archive, hub:NAME, or prepared data.")
 ]
@@ -59,9 +62,9 @@ class PlanOptions:
 
 
 def train(
-    run: RunFolder,
     settings: SettingsOptions,  # type: ignore[valid-type]
     plan: PlanOptions,
+    run: RunFolder = None,
     config: Config = None,
     data: Data = None,
     tokenizer: Annotated[
@@ -83,14 +86,19 @@ def train(
     }  # fmt: skip
     model = {**({"preset": preset} if preset else {}), **config_fields(sets)}
     flags = {"data": named(data_values), "model": model, "settings": named(asdict(settings)), "device": device}
-    together(lambda world: execute(gathered(run, config, named(flags), resume), run, resume, plan, as_json, world))
+
+    def work(world: World) -> int:
+        folder = folder_of(run, resume, plan)
+        return execute(gathered(folder, config, named(flags), resume), folder, resume, plan, as_json, world)
+
+    together(work)
 
 
 def finetune(
     source: Src,
-    run: RunFolder,
     settings: SettingsOptions,  # type: ignore[valid-type]
     plan: PlanOptions,
+    run: RunFolder = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML or JSON file; flags win over it.")] = None,
     data: Data = None,
     sft: Annotated[
@@ -140,9 +148,17 @@ def finetune(
     def work(world: World) -> int:
         if len(chosen) > 1:
             raise LoadstoneError("one of --data, --sft and --classify says what is learnt; more than one were given.")
-        return execute(gathered(run, config, named(flags), resume, defaults), run, resume, plan, as_json, world)
+        folder = folder_of(run, resume, plan)
+        return execute(gathered(folder, config, named(flags), resume, defaults), folder, resume, plan, as_json, world)
 
     together(work)
+
+
+def folder_of(run: Path | None, resume: bool, plan: PlanOptions) -> Path:
+    """The run's folder; a plan from scratch writes nothing and needs none. Raises LoadstoneError without one."""
+    if run is None and (resume or not plan.dry_run):
+        raise LoadstoneError("--run FOLDER says where the run is kept (checkpoints, figures, samples): name a new one.")
+    return run or Path()
 
 
 def together(work: Callable[[World], int]) -> None:

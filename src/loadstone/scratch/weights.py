@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..checkpoint import open_checkpoint
-from ..checkpoint.base import Array, Checkpoint, TensorInfo
+from ..checkpoint.base import Array
 from ..checkpoint.hub import resolve
+from ..checkpoint.memory import Arrays
 from ..config import PRESETS, GPTConfig
 from ..config.to_others import to_openai
 from ..errors import PlanError
-from ..load import load_model, settle_tie
+from ..load import load_model
+from ..model import GPT
 from ..weightmap import identify
 
-if TYPE_CHECKING:
-    from . import GPTModel
-
 # The book's name of a setting -> ours; its drop_rate is no part of our config.
-FIELDS = {
-    "vocab_size": "vocab_size", "context_length": "context_length", "emb_dim": "d_model", "n_heads": "n_heads",
-    "n_layers": "n_layers", "qkv_bias": "qkv_bias",
-}  # fmt: skip
+FIELDS = {name: name for name in ("vocab_size", "context_length", "n_heads", "n_layers", "qkv_bias")}
+FIELDS["emb_dim"] = "d_model"
 # What does not change the function, or follows from FIELDS.
 OTHERS = ("tied", "bos_id", "eos_ids", "n_kv_heads", "head_dim")
 
@@ -44,18 +41,17 @@ def download_and_load_gpt2(model_size: str, models_dir: str | Path) -> tuple[dic
         folder.symlink_to(resolve(f"openai:{model_size}").absolute(), target_is_directory=True)
     identity = identify(open_checkpoint(folder), dialect="openai")
     identity.plan.require_clean(str(folder))
-    params: dict[str, Any] = {"blocks": [{} for _ in range(identity.config.n_layers)]}
+    params: dict[str, Any] = {}
     for step in identity.plan.steps:
-        place, (scope, *inner) = params, step.source.removeprefix("model/").split("/")
-        if inner and scope != "ln_f":
-            place = params["blocks"][int(scope.removeprefix("h"))]
-        for key in inner[:-1]:
-            place = place.setdefault(key, {})
-        place[inner[-1] if inner else scope] = np.squeeze(identity.checkpoint.read(step.source))
+        place, (*scopes, leaf) = params, step.source.removeprefix("model/").removeprefix("ln_f/").split("/")
+        for scope in scopes:
+            place = place.setdefault(scope, {})
+        place[leaf] = np.squeeze(identity.checkpoint.read(step.source))
+    params["blocks"] = [params.pop(f"h{i}") for i in range(identity.config.n_layers)]
     return to_openai(identity.config), params
 
 
-def load_weights_into_gpt(gpt: GPTModel, params: Mapping[str, Any]) -> None:
+def load_weights_into_gpt(gpt: GPT, params: Mapping[str, Any]) -> None:
     """Copies `params` of `download_and_load_gpt2` into a model; the head becomes a copy of the token embedding.
 
     Raises PlanError if the model was made for other sizes, and says which settings are wrong.
@@ -77,30 +73,12 @@ def _flat(tree: Mapping[str, Any], at: str) -> Iterator[tuple[str, Array]]:
             yield f"{at}/{key}", value[None] if value.ndim == 2 else value
 
 
-class _Arrays(Checkpoint):
-    """Arrays in memory, read as if they were a file."""
-
-    def __init__(self, called: str, arrays: dict[str, Array]) -> None:
-        super().__init__(Path(called), "memory")
-        self._arrays = arrays
-        self.tensors = {name: TensorInfo(array.shape, array.dtype.name, array.nbytes) for name, array in arrays.items()}
-
-    @property
-    def folder(self) -> None:
-        return None
-
-    def read(self, name: str) -> Array:
-        return self._arrays[name]
-
-
 def from_arrays(ours: GPTConfig, arrays: dict[str, Array], called: str) -> dict[str, Tensor]:
     """Weights of any dialect under our names, with a head. Raises PlanError if they are another model's than `ours`."""
-    identity = identify(_Arrays(called, arrays))
+    identity = identify(Arrays(Path(called), arrays))
     theirs = identity.config
     # Shapes do not show the number of heads; where they are a published model's, it is known.
-    heads_known = (theirs.d_model, theirs.n_layers) in [
-        (preset.d_model, preset.n_layers) for preset in PRESETS.values()
-    ]
+    heads_known = (theirs.d_model, theirs.n_layers) in {(p.d_model, p.n_layers) for p in PRESETS.values()}
     told = [name for name in FIELDS if name != "n_heads" or heads_known]
     wrong = {n: getattr(theirs, FIELDS[n]) for n in told if getattr(ours, FIELDS[n]) != getattr(theirs, FIELDS[n])}
     if wrong:
@@ -113,7 +91,5 @@ def from_arrays(ours: GPTConfig, arrays: dict[str, Array], called: str) -> dict[
     rest = [field.name for field in fields(ours) if field.name not in (*FIELDS.values(), *OTHERS)]
     if differs := [f"{n} {getattr(theirs, n)!r}" for n in rest if getattr(ours, n) != getattr(theirs, n)]:
         raise PlanError(f"{called}: of a model with {', '.join(differs)}, unlike GPTModel. Use loadstone.load.")
-    identity.plan.require_clean(called)
-    settle_tie(identity)
     state = load_model(identity).state_dict()
     return {"head.weight": state["tok_emb.weight"]} | state

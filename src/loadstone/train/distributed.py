@@ -263,6 +263,11 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor], learns: Mapping[str, 
     return copy.deepcopy(model, memo)
 
 
+def _reason(error: RuntimeError) -> str:
+    """The first sentence, without the line of C++ that says it."""
+    return re.sub(r"^\[\S*:\d+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+
+
 @contextmanager
 def ending_together(world: Ranks) -> Iterator[World]:
     """An error in one process ends all, and is raised in one of them; in the others SystemExit is."""
@@ -279,7 +284,7 @@ def ending_together(world: Ranks) -> Iterator[World]:
             raise SystemExit(2) from None
         raise LoadstoneError(
             f"process {world.rank} of {world.size} lost another one, which was killed or cannot be reached "
-            f"({str(error).splitlines()[0]}). The checkpoints that are there are whole; go on with --resume, on as "
+            f"({_reason(error)}). The checkpoints that are there are whole; go on with --resume, on as "
             "many processes as you like."
         ) from None
     # After an error there is no taking leave: the others may never answer, and torchrun ends them.

@@ -34,7 +34,8 @@ def plan_request(
     steps = settings.steps
     if not steps:
         if not data_tokens:
-            raise ConfigError("the size of the data is not known before they are read, so say --steps.")
+            why = "their size is not known before they are read" if request.data.sources else "no --data are named"
+            raise ConfigError(f"how long the run is cannot be reckoned, since {why}: say --steps.")
         steps = max(
             1, int(settings.epochs * data_tokens / (settings.batch_size * (settings.stride or settings.length)))
         )
@@ -82,7 +83,8 @@ def _data_tokens(wanted: DataRequest, assumed: list[str]) -> int:
     nbytes = Corpus(wanted.sources).total
     per_token = 1.0 if wanted.tokenizer == "char" else BYTES_PER_TOKEN
     if nbytes:
-        assumed.append(f"{per_token:g} bytes of the data's files to a token (archives and JSON hold more or less)")
+        each = "1 byte" if per_token == 1 else f"{per_token:g} bytes"
+        assumed.append(f"{each} of the data's files to a token (archives and JSON hold more or less)")
     return int(nbytes / per_token * (1 if wanted.validation_sources else 1 - wanted.validation))
 
 

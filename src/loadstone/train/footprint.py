@@ -29,7 +29,7 @@ class Memory:
         copies: bfloat16 copies of the matrices, which autocast makes for each micro-batch.
         activations: what the forward pass keeps for the backward pass, of one micro-batch.
         head: the loss: gradients of the last hidden states and of the head's matrix, and one chunk of logits.
-        data: token ids and targets of the global batch's share.
+        data: token ids and targets of one micro-batch.
         peak: the most at any one moment.
     """
 
@@ -141,9 +141,9 @@ def _attention(c: GPTConfig, step: Step) -> int:
 
 def head_buffers(config: GPTConfig, step: Step, *, trains_head: bool = True) -> int:
     """Bytes that `losses.head_loss` holds at its widest: with a chunk's logits, or its part of the gradient."""
-    from .losses import CHUNK
+    from .losses import _chunks
 
-    matrix, rows = config.vocab_size * config.d_model, min(max(1, CHUNK // config.vocab_size), step.tokens)
+    matrix, rows = config.vocab_size * config.d_model, min(_chunks(step.tokens, config.vocab_size)[0].stop, step.tokens)
     logits, several = rows * config.vocab_size, step.tokens > rows
     hidden = step.tokens * config.d_model * (FLOAT + HALF * step.half)  # its gradient; its bfloat16 copy
     total = matrix * trains_head * FLOAT

@@ -25,9 +25,10 @@ from .speed import ASSUMED_MFU, assumed_rate, measured_rate
 CHINCHILLA = 20
 FEWEST = CHINCHILLA / 100  # below, a model learns its text by heart
 MOST_EPOCHS = 4  # repeated data are nearly as good as new ones up to here: Muennighoff et al. 2023 (arXiv:2305.16264)
-# What a process needs beside its tensors: the program, and a factor for what the allocator cannot use again. glibc's
-# keeps freed blocks; see docs/plan-a-run.md for what was measured.
-OVERHEAD = {"cpu": (330_000_000, 1.4), "gpu": (700_000_000, 1.1)}
+MOST_BLOCKS = 100_000  # each is walked; what has more is a slip of the finger
+# What a process needs beside its tensors: the program, and a factor for what the allocator cannot use again. The CPU's
+# are fitted to real runs (docs/plan-a-run.md); a GPU's are not measured.
+OVERHEAD = {"cpu": (380_000_000, 1.25), "gpu": (700_000_000, 1.1)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class RunPlan:
         micro_batches: forward and backward passes of one step on one device.
         tokens_per_parameter: of all tokens seen, repeated ones too.
         epochs: passes over the data, where their size is known.
+        process: the memory's peak, with the program and what its allocator cannot use again.
         flops: computed in the whole run, recomputation included.
         flops_per_token: PaLM's convention, on which MFU rests.
         device, device_memory, device_peak: what it runs on, and that many of it (`world`).
@@ -63,6 +65,7 @@ class RunPlan:
     tokens_per_parameter: float
     epochs: float | None
     memory: Memory
+    process: int
     flops: float
     flops_per_token: float
     device: str
@@ -130,7 +133,8 @@ def plan_run(
     trained, ranks = parts.trained + lora, world if sharded else 1
     needed = memory(config, step, trained=trained, added=lora, ranks=ranks, live_from=parts.live_from)
     fixed, factor = OVERHEAD[kind]
-    found = [] if fixed + needed.peak * factor <= hardware.memory else [_too_large(needed, hardware, micro)]
+    process = fixed + round(needed.peak * factor)
+    found = [] if process <= hardware.memory else [_too_large(needed, process, hardware, step)]
     per_token = parts.operations(config, length, recompute) / length + 6 * lora
     each: float | None
     if measure and found:
@@ -158,6 +162,7 @@ def plan_run(
         tokens_per_parameter=total / parameters,
         epochs=total / data_tokens if data_tokens else None,
         memory=needed,
+        process=process,
         flops=per_token * total,
         flops_per_token=convention,
         device=hardware.name,
@@ -166,7 +171,7 @@ def plan_run(
         mfu=each * convention / peak if each and peak else None,
         tokens_per_second=each * world if each else None,
         seconds=total / (each * world) if each else None,
-        basis=basis + (f"; {world} of them, with no loss between them" if world > 1 else ""),
+        basis=basis + (f"; {world} of them, with nothing lost between them" if world > 1 else ""),
         warnings=(),
     )
     return _with_warnings(plan, config, found, pretrained or lora > 0, on_gpu=kind == "gpu")
@@ -180,16 +185,20 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     )
     yield f"Model   {p.parameters:,} parameters ({p.embedding:,} in embeddings), {share}"
     yield f"Run     {p.steps:,} steps x {p.batch_size:,} sequences x {p.length:,} tokens = {_count(p.tokens)} tokens"
-    yield f"        each of {p.world} device{'s' * (p.world > 1)}: {p.micro_batches} x {p.micro_batch} sequences a step"
+    yield (
+        f"        on {f'each of {p.world} devices' if p.world > 1 else '1 device'}: {p.micro_batches} "
+        f"micro-batch{'es' * (p.micro_batches > 1)} of {p.micro_batch} sequence{'s' * (p.micro_batch > 1)} a step"
+    )
     epochs = f"; {p.epochs:,.1f} passes over the data" if p.epochs is not None else ""
     yield f"        {p.tokens_per_parameter:,.2g} tokens per parameter (about {CHINCHILLA} is compute-optimal){epochs}"
+    kept, divided = f"{p.micro_batch} x {p.length:,} tokens", m.optimizer < 8 * p.trainable
     yield f"Memory  {size_text(m.peak, tenths_below=1000)} of tensors at the peak, per device:"
     for name, nbytes, what in (
-        ("weights", m.weights, "float32"),
+        ("weights", m.weights, "float32" + ", this device's part, and what is gathered to compute" * divided),
         ("gradients", m.gradients, "float32, of what is trained"),
         ("optimizer", m.optimizer, "AdamW's two moments, float32"),
-        ("copies", m.copies, "bfloat16, made by autocast"),
-        ("activations", m.activations, f"{p.micro_batch} x {p.length:,} tokens" + ", recomputed" * p.recompute),
+        ("copies", m.copies, "of the matrices in bfloat16, made by autocast" + "; not divided" * divided),
+        ("activations", m.activations, f"kept for the gradients of {kept}" + ", the rest recomputed" * p.recompute),
         ("loss", m.head, "gradients of the head, one chunk of logits"),
         ("data", m.data, "token ids and targets"),
     ):
@@ -197,9 +206,10 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
             yield f"  {name:<12} {size_text(nbytes, tenths_below=1000):>9}  {what}"
     if m.peak < m.weights + m.gradients + m.optimizer + m.copies + m.activations + m.head:
         yield "  (gradients and activations are not all there at one moment)"
-    yield f"  {p.device} has {size_text(p.device_memory)}; the program itself and its allocator come on top"
+    process, there = size_text(p.process, tenths_below=1000), size_text(p.device_memory)
+    yield f"  about {process} with the program and its allocator; {p.device} has {there}"
     again = ", blocks computed twice" if p.recompute else ""
-    yield f"Work    {p.flops:.2e} FLOPs{again}; for MFU {p.flops_per_token / 1e9:,.3g} GFLOPs per token (PaLM, app. B)"
+    yield f"Work    {p.flops:.2e} FLOPs{again}; {_count(p.flops_per_token)} per token as MFU counts (PaLM, appendix B)"
     if p.seconds is None or p.tokens_per_second is None:
         yield f"Time    unknown: {p.basis}"
     else:
@@ -264,6 +274,7 @@ def _rows_per_device(config: GPTConfig, batch_size: int, length: int, steps: int
             f"batch_size {batch_size} must be a multiple of {world} devices",
         ),
         (bool(steps > 0) != bool(tokens > 0), "either steps or tokens must be given"),
+        (config.n_layers <= MOST_BLOCKS, f"n_layers {config.n_layers} is more than {MOST_BLOCKS:,}, a slip surely"),
     ):
         if not good:
             raise ConfigError(f"plan: {problem}.")
@@ -302,15 +313,17 @@ def _with_warnings(plan: RunPlan, config: GPTConfig, found: list[str], pretraine
     return replace(plan, warnings=tuple(found))
 
 
-def _too_large(needed: Memory, device: Device, micro: int) -> str:
+def _too_large(needed: Memory, process: int, device: Device, step: Step) -> str:
     ways = [
-        *([f"a smaller micro_batch (now {micro})"] if micro > 1 else []),
-        "--recompute", "--dtype bfloat16", "more devices", "a shorter --length",
+        *([f"a smaller --micro-batch (now {step.micro_batch})"] if step.micro_batch > 1 else []),
+        *(["--recompute"] if not step.recompute else []),
+        *(["--dtype bfloat16"] if not step.half else []),
+        "more devices", "a shorter --length",
     ]  # fmt: skip
     return (
-        f"the tensors alone need {size_text(needed.peak, tenths_below=1000)}, and {device.name} has "
-        f"{size_text(device.memory)} for them, the program and its allocator. Activations are "
-        f"{size_text(needed.activations, tenths_below=1000)} of it. Ways out: {', '.join(ways)}."
+        f"a process needs about {size_text(process, tenths_below=1000)}, of which "
+        f"{size_text(needed.peak, tenths_below=1000)} are tensors ({size_text(needed.activations, tenths_below=1000)} "
+        f"activations), and {device.name} has {size_text(device.memory)}. Ways out: {', '.join(ways)}."
     )
 
 

@@ -5,16 +5,17 @@ The field's help texts are the command line's; a TOML or JSON file sets the same
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..checkpoint.wording import shown
 from ..errors import ConfigError
 
 SCHEDULES = ("cosine", "linear", "constant")
 SAMPLINGS = ("windows", "crops", "packed")
 DTYPES = ("float32", "bfloat16")
+LARGEST = 1 << 53  # of any number: above, a float is no longer exact, and an int may not even become one
 
 
 def _option(default: Any, help: str, harmless: bool = False) -> Any:
@@ -78,11 +79,12 @@ class Settings:
         ):
             if not good:
                 raise ConfigError(f"training settings: {problem}.")
-        for name in ("lr", "weight_decay", "clip", "length", "stride", "warmup", "steps", "eval_every", "eval_batches",
-                     "save_every", "sample_every", "sample_tokens", "updates_every", "patience", "seed"):  # fmt: skip
+        for name in ("batch_size", "epochs", "lr", "weight_decay", "clip", "length", "stride", "warmup", "steps",
+                     "eval_every", "eval_batches", "save_every", "sample_every", "sample_tokens", "updates_every", "patience", "seed"):  # fmt: skip
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"training settings: {name} must not be negative or infinite, found {value}.")
+            if not 0 <= value < LARGEST:
+                problem = f"{name} must not be negative or infinite, or 2^53 and more; found {shown(value)}."
+                raise ConfigError(f"training settings: {problem}")
 
     def merged(self, values: Mapping[str, Any], where: str) -> Settings:
         """A copy with some fields replaced. Raises ConfigError for unknown names and values of another type."""

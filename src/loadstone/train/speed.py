@@ -14,7 +14,7 @@ from .footprint import Step
 # Share of the peak that training reaches (MFU), where nobody measured. GPUs in bfloat16: rates published for GPT-2 124M
 # on A100 come to 38% with torch.compile (137,000 to 142,000 tokens/s), nanochat's larger models to 41 to 46%, code that
 # is not compiled to clearly less. CPUs: measured, see docs/plan-a-run.md.
-ASSUMED_MFU = {("gpu", "bfloat16"): 0.3, ("gpu", "float32"): 0.5, ("cpu", "bfloat16"): 0.3, ("cpu", "float32"): 0.6}
+ASSUMED_MFU = {("gpu", "bfloat16"): 0.3, ("gpu", "float32"): 0.5, ("cpu", "bfloat16"): 0.5, ("cpu", "float32"): 0.7}
 
 
 def assumed_rate(device: Device, dtype: str, mfu: float, per_token: float) -> tuple[float | None, str]:
@@ -29,10 +29,8 @@ def assumed_rate(device: Device, dtype: str, mfu: float, per_token: float) -> tu
         raise ConfigError(f"the share of the peak must be above 0 and at most 1, found {mfu}.")
     peak = device.peak(dtype)
     if peak is None:
-        return None, f"no peak is known of {device.name} in {dtype} ({device.source}); measure it"
-    return mfu * peak / per_token, (
-        f"assumed: {mfu:.0%} of {rate_text(peak)} ({dtype}; {device.source}) of {device.name}"
-    )
+        return None, f"no peak is known of {device.name} in {dtype} ({device.source}); measure it there"
+    return mfu * peak / per_token, f"assumed: {mfu:.0%} of {rate_text(peak)} ({device.name}, {dtype}; {device.source})"
 
 
 def measured_rate(
