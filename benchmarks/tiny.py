@@ -93,8 +93,8 @@ def card(
         f"{splits['validation'].tokens:,} tokens to evaluate on, chosen by a hash of their names.",
         "",
         f"Training saw {progress['tokens']:,} tokens ({progress['tokens'] / splits['train'].tokens:.2f} passes) in "
-        f"{progress['step']:,} steps and {progress['seconds'] / 60:.0f} minutes on a shared 2-core CPU. The log is "
-        "metrics.jsonl, the curves are plots beside this file.",
+        f"{progress['step']:,} steps and {progress['seconds'] / 60:.0f} minutes on one thread of a shared AMD EPYC "
+        "(Zen 4). `metrics.jsonl` is the log, `loss.svg` the curve.",
         "",
         "```",
         "loadstone prepare books.tar.xz books --tokenizer bpe:8192 --validation 0.02",
@@ -103,14 +103,14 @@ def card(
         "",
         "## Ten samples, unedited",
         "",
-        "Seeds 0 to 9, temperature 0.8, top-k 50, 60 tokens; the prompt is in bold.",
+        "Seeds 0 to 9, temperature 0.8, top-k 50, 60 tokens after the prompt.",
         "",
     ]
     for seed, prompt in enumerate(PROMPTS):
         ids = tokenizer.encode(prompt) if prompt else [tokenizer.bos_id or 0]
         options: dict[str, Any] = {"max_new_tokens": 60, "seed": seed, "temperature": 0.8, "top_k": 50}
-        text = "".join(stream_text(model, tokenizer, ids, **options)).replace("\n", "\n> ")
-        lines += [f"{seed + 1}. > **{prompt or '(nothing)'}**{text}", ""]
+        text = "".join(stream_text(model, tokenizer, ids, **options))
+        lines += [f"{seed + 1}. prompt: {prompt or '(none)'}", "", "```text", prompt + text, "```", ""]
     return "\n".join(lines)
 
 
