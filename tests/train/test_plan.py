@@ -359,7 +359,7 @@ def test_a_7b_llama_on_eight_h100(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--data", "hub:owner/name"], "since their size is not known before they are read: say --steps"),
         (["--data", "nothing.txt"], "nothing.txt: there is no such file"),
         (["--resume"], "--run FOLDER says where the run is kept"),
-        (["--steps", "9" * 330], "steps must not be negative or infinite, or 2^53 and more; found 999"),
+        (["--steps", "9" * 330], r"steps must not be negative or infinite, or 2\^53 and more; found 999"),
         (["--steps", "5", "--epochs", "inf"], "epochs must not be .* found inf"),
         (["--steps", "5", "--devices", "3"], "batch_size 16 must be a multiple of 3 devices"),
         (["--steps", "5", "--on", "abacus"], "no device is called 'abacus'"),

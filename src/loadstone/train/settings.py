@@ -80,7 +80,8 @@ class Settings:
             if not good:
                 raise ConfigError(f"training settings: {problem}.")
         for name in ("batch_size", "epochs", "lr", "weight_decay", "clip", "length", "stride", "warmup", "steps",
-                     "eval_every", "eval_batches", "save_every", "sample_every", "sample_tokens", "updates_every", "patience", "seed"):  # fmt: skip
+                     "eval_every", "eval_batches", "save_every", "sample_every", "sample_tokens", "updates_every",
+                     "patience", "seed"):  # fmt: skip
             value = getattr(self, name)
             if not 0 <= value < LARGEST:
                 problem = f"{name} must not be negative or infinite, or 2^53 and more; found {shown(value)}."
