@@ -256,8 +256,8 @@ def require_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlanError(f"device {str(device)!r} cannot be used here: {reason} `--device cpu` always can.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise PlanError(f"device {str(device)!r} cannot be used here: {reason}. `--device cpu` always can.") from None
 
 
 def _assign(model: GPT, name: str, tensor: torch.Tensor) -> None:

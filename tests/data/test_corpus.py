@@ -205,8 +205,8 @@ def test_sources_that_are_not_there_or_no_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
-    [("a.txt", b"", "all 1 documents are empty"), ("a.jsonl", b"\n\n", "there is no document"),
-     ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}', "all 2 documents are empty")],
+    [("a.txt", b"", "every document is empty"), ("a.jsonl", b"\n\n", "there is no document"),
+     ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}', "every document is empty")],
 )  # fmt: skip
 def test_an_empty_corpus_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     with pytest.raises(SourceError, match=rf"{message}, so there is nothing to learn from"):

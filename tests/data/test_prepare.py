@@ -245,7 +245,7 @@ def test_the_command_says_what_was_made_and_what_comes_next(tmp_path: Path) -> N
     told = run(tmp_path / "x.txt", out, "--tokenizer", "bpe:270", "--validation", "0.5").stdout
     assert "270 tokens, each document ends with token 269" in told
     assert "--separator '<|endoftext|>'" in told
-    assert f"loadstone train '{out}'" in told
+    assert f"loadstone train --run RUN --data '{out}'" in told
     told = run(
         tmp_path / "x.txt", out, "--tokenizer", "char", "--validation", "0.5", "--separator", "<|endoftext|>", "--force"
     ).stdout

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from extendable import TOKENIZERS, VOCAB, gpt2_like, lowercase, padded_gguf
+from loadstone.data.tokenizer_training import character_tokenizer
 from loadstone.errors import TokenizerError
 from loadstone.extend import extend_tokenizer, unused_by_template, with_chat_template
 from loadstone.extend.tokens import tokens_of
@@ -137,3 +138,9 @@ def test_chat_template() -> None:
     assert unused_by_template(replace(chatty, chat_template="{{ messages[0]['content'] }}"), ids)
     with pytest.raises(TokenizerError, match=r"t\.jinja: its chat template refuses or fails"):
         with_chat_template(extended, "{% for %}", "t.jinja")
+
+
+def test_a_token_of_characters_that_a_tokenizer_of_characters_lacks() -> None:
+    extended, ids = extend_tokenizer(character_tokenizer(["hello"]), ["<|ask|>"], special=True)
+    assert extended.encode("he<|ask|>", parse_special=True) == [1, 0, *ids]
+    assert extended.decode([1, 0, *ids], skip_special=False) == "he<|ask|>"

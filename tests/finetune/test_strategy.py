@@ -398,5 +398,5 @@ def test_the_table_reads_well() -> None:
         "blocks.0-8       29,520                never",
         "blocks.9-11       9,840  0.125 to 0.5  from phase 1",
         "norm                 32  1             from phase 1",
-        "head: it is tok_emb (tied) and learns with it",
+        "head: it is tok_emb (tied) and stays frozen with it",
     ]

@@ -42,12 +42,10 @@ LLAMA = {"architecture": "llama", "rope": {"theta": 1e4}, "norm": "rmsnorm", "ga
 # unequal numbers of targets, gradients accumulated and clipped, an evaluation whose last batch has one row.
 JOBS: Mapping[str, dict[str, Any]] = {
     "tied": {"trainer": {"updates_every": 5}},
-    "untied": {"model": {"tied": False}},
-    "llama": {"model": LLAMA},
+    "untied": {"model": {"tied": False}, "trainer": {"clip": 0.0, "eval_batches": 1}},
+    "llama": {"model": LLAMA, "trainer": {"recompute": True, "micro_batch": 0}},
     "phases": {"model": {"tied": False}, "trainer": {"strategy": "0:head;4:blocks.2;8:all", "updates_every": 4}},
     "tied phases": {"trainer": {"strategy": "0:norm;3:blocks.-1-;6:all", "layer_decay": 0.7}},
-    "recompute": {"trainer": {"recompute": True, "micro_batch": 0}},
-    "unclipped": {"trainer": {"clip": 0.0, "eval_batches": 1}},
 }
 
 

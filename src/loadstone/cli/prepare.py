@@ -111,4 +111,4 @@ def _lines(destination: str, dataset: Dataset, tokenizer: Tokenizer) -> Iterator
         yield "note", f"the text spells {ends} {info.spelled_ends:,} times, and it was encoded as plain text;"
         yield "", f"where it ends documents, cut with --separator {shlex.quote(ends)}"
     yield "to", f"{destination} ({info.dtype})"
-    yield "train", f"loadstone train {shlex.quote(destination)}"
+    yield "train", f"loadstone train --run RUN --data {shlex.quote(destination)}"

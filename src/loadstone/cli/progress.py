@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,7 @@ def introduction(trainer: Trainer) -> Iterator[str]:
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     rows = f"{trainer.total:,} steps of {trainer.settings.batch_size} rows"
     yield f"{total:,} parameters, {trained:,} of them trained; {rows}"
+    yield from trainer.run.read().get("notes", ())
     if trainer.strategy is not None:
         yield from trainer.strategy.describe(trainer.model).splitlines()
 
@@ -83,7 +85,8 @@ def try_it(run: Path) -> str:
     kept = run / "best" if (run / "best").exists() else run / "latest"
     place = shlex.quote(str(kept))
     if (kept / "adapter.json").is_file():
-        return f"loadstone merge SRC {place} merged"
+        base = json.loads((kept / "adapter.json").read_text(encoding="utf-8"))["base"]["source"]
+        return f"loadstone merge {shlex.quote(base)} {place} merged"
     if (run / "test.jsonl").is_file():
         return f"loadstone classify {place} --test {shlex.quote(str(run / 'test.jsonl'))}"
     return f'loadstone generate {place} "Once upon a time"'

@@ -41,7 +41,9 @@ RunFolder = Annotated[
 Data = Annotated[
     Many, typer.Option("--data", metavar="PATH", help="Text file, folder, JSONL, archive, hub:NAME, or prepared data.")
 ]
-ValidationShare = Annotated[float | None, typer.Option("--validation", help="Share of the data to evaluate on (0.05).")]
+ValidationShare = Annotated[
+    float | None, typer.Option("--validation", help="Share of the data to evaluate on; 0.05, or 0: none.")
+]
 ValidationData = Annotated[Many, typer.Option("--validation-data", metavar="PATH", help="Evaluate on this instead.")]
 Config = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML or JSON file; flags win over it.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")]
@@ -215,10 +217,12 @@ def gathered(
     request = Request().merged(defaults or {}, "defaults")
     if resume:
         record = Run(run)
-        request = request.merged(record.read().get("request", {}), str(record.record))
+        request = request.merged(record.read().get("request", {}), f"{record.record}: request")
     if config is not None:
         request = request.merged(read_request(config), str(config))
-    return request.merged(flags, "the command line")
+    request = request.merged(flags, "the command line")
+    request.require_sense()
+    return request
 
 
 def carry_out(request: Request, run: Path, resume: bool, quiet: bool, world: World) -> Outcome:
@@ -238,12 +242,12 @@ def carry_out(request: Request, run: Path, resume: bool, quiet: bool, world: Wor
 def report(outcome: Outcome, run: Path, as_json: bool) -> None:
     """Say how the run ended."""
     progress = outcome.progress
-    best = f"best validation loss {progress.best:.4f} at step {progress.best_step}" if progress.best is not None else ""
+    best = "" if progress.best is None else f"; best validation loss {progress.best:.4f} at step {progress.best_step}"
     if as_json:
         print_json({"run": str(run), "why": outcome.why, **asdict(progress), "metrics": outcome.metrics})
     elif outcome.why == "interrupted":
         print(f"interrupted after step {progress.step}; all is saved. Go on: the same command with --resume")
     else:
         early = " (no better for as many evaluations as --patience allows)" if outcome.why == "no better" else ""
-        print(f"{progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:,.0f} s{early}; {best}")
+        print(f"{progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:,.0f} s{early}{best}")
         print(f"try it: {try_it(run)}")

@@ -98,7 +98,7 @@ class Corpus:
                     found = True
                     yield document
         if not found:
-            nothing = f"all {self.empty:,} documents are empty" if self.empty else "there is no document"
+            nothing = "every document is empty" if self.empty else "there is no document"
             raise SourceError(f"{few(self.sources)}: {nothing}, so there is nothing to learn from.")
 
     def _hub(self, name: str) -> Iterator[Document]:

@@ -35,6 +35,7 @@ VERSION = 1
 DTYPES: Mapping[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 STARTS: np.dtype[Any] = np.dtype("<u8")
 Ids = NDArray[np.unsignedinteger[Any]]
+_COMPARED = 1000  # ids that must say the same to two tokenizers
 _AGAIN = "Prepare it again (`loadstone prepare`), or copy the folder again."
 
 
@@ -214,6 +215,21 @@ class Dataset:
                 f"{vocab_size - 1}): the data was made with another tokenizer than the model's.",
                 f"Prepare it with the model's own (`loadstone prepare --tokenizer MODEL`), or give the model at least "
                 f"{self.info.vocab_size} rows.",
+            )
+
+    def require_same_text(self, tokenizer: Tokenizer) -> None:
+        """Raises FormatError if the ids say one thing to the tokenizer that made them and another to this one."""
+        if fingerprint(tokenizer) == self.info.tokenizer_sha256:
+            return
+        split = self.tokens(next(iter(self.info.splits)))
+        ids = [int(token) for token in split[: min(len(split), _COMPARED)]]
+        meant, found = self.tokenizer().decode(ids), tokenizer.decode(ids)
+        if meant != found:
+            raise FormatError(
+                self.folder,
+                f"the data were made with another tokenizer than the model's: they begin {shown(meant[:40])}, and to "
+                f"the model these ids say {shown(found[:40])}.",
+                "Prepare them with the model's own (`loadstone prepare --tokenizer MODEL`).",
             )
 
     @cached_property

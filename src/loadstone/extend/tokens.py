@@ -114,20 +114,30 @@ def _normalized(tokenizer: Tokenizer, text: str) -> str:
 
 def _existing(tokenizer: Tokenizer, text: str) -> int | None:
     """The token that a text is, as the vocabulary spells it or as it is encoded (` user` is spelled `\u0120user`)."""
-    ids = tokenizer.encode(text, add_special=False, parse_special=True)
+    ids = _ids(tokenizer, text, parse_special=True)
     if (number := tokenizer.backend.token_to_id(text)) is not None:
         return number
     return ids[0] if len(ids) == 1 and tokenizer.token_bytes(ids[0]) == text.encode() else None
 
 
+def _ids(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
+    """Those of a plain text; none where the tokenizer has no token for a character, as one of characters may not."""
+    try:
+        return tokenizer.encode(text, add_special=False, parse_special=parse_special)
+    except TokenizerError:
+        if any("\ud800" <= char <= "\udfff" for char in text):  # no text at all
+            raise
+        return []
+
+
 def _prove(tokenizer: Tokenizer, text: str, number: int, special: bool) -> None:
-    ordinary = tokenizer.encode(text, add_special=False)
+    ordinary = _ids(tokenizer, text)
     if tokenizer.encode(text, add_special=False, parse_special=True) != [number] or (ordinary == [number]) is special:
         raise TokenizerError(
             f"{tokenizer.source}: {shown(text)} was added as token {number} and is not encoded as it, because of "
             "another added token or of the tokenizer's settings. Choose another text."
         )
-    before = tokenizer.encode("a", add_special=False)
+    before = _ids(tokenizer, "a")
     found = tokenizer.decode([*before, number], skip_special=False)[len(tokenizer.decode(before)) :]
     if text not in (found, tokenizer.decode([number], skip_special=False)):  # behind a word, or alone
         raise TokenizerError(

@@ -183,7 +183,9 @@ class Strategy:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for label, size, rate, begins in rows:
             lines.append(f"{label:<{widths[0]}}  {size:>{widths[1]}}  {rate:<{widths[2]}}  {begins}")
-        return "\n".join(lines + ["head: it is tok_emb (tied) and learns with it"] * parts.tied)
+        learns = any(f"{parts.prefix}tok_emb.weight" in names for names in trained)
+        tie = f"head: it is tok_emb (tied) and {'learns' if learns else 'stays frozen'} with it"
+        return "\n".join(lines + [tie] * parts.tied)
 
     def _rows(
         self, model: nn.Module, parts: Parts, trained: Sequence[frozenset[str]]

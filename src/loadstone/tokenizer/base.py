@@ -87,8 +87,24 @@ class Tokenizer:
             ) from None
         with refusing(self.source, "the text could not be encoded"), self._lock:
             self.backend.encode_special_tokens = not parse_special  # a property of the backend, hence the lock
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
+            try:
+                ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
+            except Exception:
+                if (char := self._without_token(text)) is None:
+                    raise
+                raise TokenizerError(
+                    f"{self.source}: the text could not be encoded: it holds {char!r} (U+{ord(char):04X}), for which "
+                    "this tokenizer has no token. Leave it out; a byte-level tokenizer has a token for everything."
+                ) from None
         return ids
+
+    def _without_token(self, text: str) -> str | None:
+        for char in dict.fromkeys(text):
+            try:
+                self.backend.encode(char, add_special_tokens=False)
+            except Exception:
+                return char
+        return None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises TokenizerError for an unknown id."""

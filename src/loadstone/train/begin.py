@@ -82,6 +82,9 @@ def begin(
     require_device(request.device)
     torch.manual_seed(request.settings.seed)
     start = (loaded if request.source else from_scratch)(request, folder, progress, world)
+    require_sample(start)
+    if resume:
+        require_same_data(start, run)
     model: nn.Module = Classifier(start.gpt, start.material.labels) if start.material.labels else start.gpt
     strategy = adapted(model, request.tuning) if request.source else None
     if request.device == "cpu":
@@ -120,7 +123,7 @@ def from_scratch(request: Request, folder: Path, progress: Bytes | None, world: 
             "instructions and labelled texts are for a model that knows language: loadstone finetune SRC."
         )
     with world.main_first():
-        dataset = text_data(request.data, folder, None, progress)
+        dataset = text_data(request.data, folder, None, progress, anew=world.main and not Run(folder).record.exists())
     tokenizer = dataset.tokenizer()
     config = model_config(request.model, dataset, tokenizer)
     settings = with_length(request.settings, config)
@@ -138,8 +141,11 @@ def loaded(request: Request, folder: Path, progress: Bytes | None, world: World)
     settings = with_length(request.settings, gpt.config)
     if request.data.kind == "text":
         with world.main_first():
-            dataset = text_data(request.data, folder, tokenizer, progress)
+            anew = world.main and not Run(folder).record.exists()
+            dataset = text_data(request.data, folder, tokenizer, progress, anew=anew)
         dataset.require_fits(gpt.config.vocab_size)
+        if tokenizer is not None:
+            dataset.require_same_text(tokenizer)
         return Start(gpt, tokenizer or dataset.tokenizer(), language(dataset, settings), settings)
     if tokenizer is None:
         raise LoadstoneError(f"{request.source}: it has no tokenizer, so text cannot be turned into tokens.")
@@ -190,6 +196,23 @@ def require_same(request: Request, run: Run) -> None:
             f"{run.folder}: the run was begun with other settings: {'; '.join(changes)}. Resume it without naming them "
             "(run.json remembers), or begin a new run in another folder."
         )
+
+
+def require_same_data(start: Start, run: Run) -> None:
+    """Raises LoadstoneError if prepared data are no longer those that the run was begun with."""
+    recorded = run.read().get("data")
+    begun = recorded.get("identity") if isinstance(recorded, Mapping) else None
+    if begun and begun != start.material.record.get("identity"):
+        raise LoadstoneError(
+            f"{start.material.record.get('folder')}: these are not the data that {run.folder} was begun with: ids or "
+            "tokenizer have changed. Put the old ones back, or begin a new run in another folder."
+        )
+
+
+def require_sample(start: Start) -> None:
+    """Raises TokenizerError if the sample texts' beginning cannot be encoded: now, and not in the middle of the run."""
+    if start.settings.sample_every and start.tokenizer is not None:
+        start.tokenizer.encode(start.settings.sample_prompt)
 
 
 def record(request: Request, start: Start, strategy: Strategy | None, command: str) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from ..data.corpus import Corpus
 from ..data.labelled import load_labelled, write_labelled
 from ..data.prepare import prepare
 from ..data.sft import load_instructions
-from ..data.shards import Dataset
+from ..data.shards import SIDECAR, Dataset
 from ..data.tokenizer_training import tokenizer_from
 from ..data.windows import Packed, RandomCrops, Windows
 from ..errors import ConfigError
 from ..finetune.classifier import Classification
 from .request import DataRequest
 from .settings import Settings
+from .state import make_folder
 from .task import LanguageModel, Task
 
 if TYPE_CHECKING:
@@ -49,28 +50,56 @@ class Material:
     labels: tuple[str, ...] = ()
 
 
-def text_data(wanted: DataRequest, run: Path, tokenizer: Tokenizer | None, progress: Bytes | None = None) -> Dataset:
+def text_data(
+    wanted: DataRequest, run: Path, tokenizer: Tokenizer | None, progress: Bytes | None = None, *, anew: bool = False
+) -> Dataset:
     """Prepared data as they are, or text prepared into the run's folder (where a resumed run finds it).
 
     Args:
         tokenizer: the model's, for fine-tuning; None: the one that the request names.
+        anew: what lies in the run's folder is of an attempt that failed, perhaps on other text, and is replaced.
     """
     if not wanted.sources:
         raise ConfigError("no data: name text files, folders, JSONL, an archive, or what `loadstone prepare` made.")
-    first, own = Path(wanted.sources[0]), run / "data"
-    for folder in (*([first] if len(wanted.sources) == 1 else []), own):
-        if (folder / "dataset.json").is_file():
-            return Dataset.open(folder)
+    prepared, own = [Path(source) for source in wanted.sources if (Path(source) / SIDECAR).is_file()], run / "data"
+    if prepared:
+        return _as_prepared(wanted, prepared[0])
+    if (own / SIDECAR).is_file() and not anew:
+        return Dataset.open(own)
     if tokenizer is None:
         tokenizer = tokenizer_from(wanted.tokenizer or "gpt2", lambda: _texts(wanted))
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     validation: Any = wanted.validation_sources or wanted.validation
-    return prepare(wanted.sources, own, tokenizer, validation=validation, field=wanted.text_field, progress=progress)
+    return prepare(
+        wanted.sources, own, tokenizer, validation=validation, field=wanted.text_field, force=anew, progress=progress
+    )
+
+
+def _as_prepared(wanted: DataRequest, folder: Path) -> Dataset:
+    """Raises ConfigError if something is asked for that `loadstone prepare` has settled otherwise."""
+    if len(wanted.sources) > 1:
+        raise ConfigError(
+            f"{folder}: prepared data are a run's only source, and {len(wanted.sources)} are named. Prepare all texts "
+            "together: loadstone prepare SOURCE... DST."
+        )
+    dataset, usual = Dataset.open(folder), DataRequest()
+    share = dataset.info.made_from.get("validation")
+    for name, other in (
+        ("tokenizer", bool(wanted.tokenizer)),
+        ("validation", wanted.validation not in (usual.validation, share)),
+        ("validation-data", bool(wanted.validation_sources)),
+    ):
+        if other:
+            raise ConfigError(
+                f"{folder}: these data are prepared, and --{name} says how text is to be. Leave it out, or give it to "
+                "`loadstone prepare`."
+            )
+    return dataset
 
 
 def language(dataset: Dataset, settings: Settings) -> Material:
     """Next tokens of prepared text; the rows to evaluate on never overlap."""
-    train, held, length = dataset.tokens("train"), dataset.tokens("validation"), settings.length
+    train, length = dataset.tokens("train"), settings.length
     rows: Samples
     if settings.sampling == "crops":
         wanted = settings.steps * settings.batch_size or math.ceil(settings.epochs * len(train) / length)
@@ -79,9 +108,19 @@ def language(dataset: Dataset, settings: Settings) -> Material:
         rows = Packed(train, length)
     else:
         rows = Windows(train, length, settings.stride or length)
-    rate = held.nbytes_of_text / len(held) if len(held) else None
+    held, evaluated, rate = None, None, None
+    if "validation" in dataset.info.splits:
+        held = dataset.tokens("validation")
+        rate = held.nbytes_of_text / len(held) if len(held) else None
+        try:
+            evaluated = Windows(held, length)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{dataset.folder}: what is held back for validation is too short. {error} Or set aside a larger "
+                "--validation share, or none (0)."
+            ) from None
     record = {"folder": str(dataset.folder), "identity": dataset.identity, **json.loads(dataset.info.to_json())}
-    return Material(rows, Windows(held, length), LanguageModel(rate, compile=settings.compile), record)
+    return Material(rows, evaluated, LanguageModel(rate, compile=settings.compile), record)
 
 
 def instructions(wanted: DataRequest, tokenizer: Tokenizer, settings: Settings) -> Material:
@@ -102,7 +141,7 @@ def labelled(wanted: DataRequest, tokenizer: Tokenizer, settings: Settings, run:
         wanted.sources, tokenizer, settings.length, validation=wanted.validation, seed=settings.seed,
         balance=wanted.balance,
     )  # fmt: skip
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     write_labelled(run / "test.jsonl", found.test_texts)
     held = found.validation if len(found.validation) else None
     return Material(

@@ -68,6 +68,8 @@ class Request:
 
     def merged(self, values: Mapping[str, Any], where: str) -> Request:
         """A copy with the given values over it. Raises ConfigError for unknown names and wrong kinds."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected names and values, found {values!r}.")
         parts = {"data": self.data, "tuning": self.tuning}
         changed: dict[str, Any] = {}
         for key, value in values.items():
@@ -76,7 +78,8 @@ class Request:
             elif key in ("model", "settings", *parts) and not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: [{key}] must be a table of names and values, found {value!r}.")
             elif key == "model":
-                changed[key] = {**self.model, **value}
+                lists = {name: tuple(item) for name, item in value.items() if isinstance(item, list)}  # as of JSON
+                changed[key] = {**self.model, **value, **lists}
             elif key == "settings":
                 changed[key] = self.settings.merged(value, where)
             elif key in parts:
@@ -86,14 +89,31 @@ class Request:
                 raise ConfigError(f"{where}: there is no {key!r}; known: {known}.")
         return replace(self, **changed)
 
+    def require_sense(self) -> None:
+        """Raises ConfigError if something is said that this kind of run would pass over."""
+        data, tuning = self.data, self.tuning
+        for wrong, problem in (
+            (data.kind not in KINDS, f"[data] kind {data.kind!r} is none of {', '.join(KINDS)}."),
+            (data.style != "auto" and data.kind != "sft", "a style is that of instructions and chats (--sft)."),
+            (data.balance and data.kind != "classify", "classes are balanced where there are labels (--classify)."),
+            (not self.source and tuning != Tuning(), "[tuning] is for a pretrained model: loadstone finetune SRC."),
+            (
+                not tuning.lora and (tuning.lora_alpha or tuning.lora_targets),
+                "lora_alpha and lora_targets say how an adapter is made, and none is: its rank is --lora RANK.",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(problem)
+
     def changes(self, other: Request) -> list[str]:
         """What differs so that a resumed run would not be the same run."""
         mine, theirs = self.as_dict(), other.as_dict()
-        differ = [
-            f"{name}: {mine[name]!r} instead of {theirs[name]!r}"
-            for name in ("source", "model", "data", "tuning")
-            if mine[name] != theirs[name]
-        ]
+        differ = [f"source: {self.source!r} instead of {other.source!r}"] * (self.source != other.source)
+        for part in ("model", "data", "tuning"):
+            for name in {**theirs[part], **mine[part]}:
+                ours, old = mine[part].get(name), theirs[part].get(name)
+                if ours != old:
+                    differ.append(f"{part}.{name}: {ours!r} instead of {old!r}")
         return differ + self.settings.changes(other.settings)
 
 
@@ -101,6 +121,10 @@ def read_request(path: Path) -> dict[str, Any]:
     """A TOML or JSON file. Raises ConfigError if it is neither."""
     try:
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path}: this is a folder, and a training config is a file. Data are named with --data."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the training config cannot be read ({error}).") from None
     try:

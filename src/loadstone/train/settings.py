@@ -33,7 +33,7 @@ class Settings:
     length: int = _option(0, "Tokens per sequence; 0: the model's context.")
     stride: int = _option(0, "Tokens from one window to the next; 0: the length (no overlap).")
     sampling: str = _option("windows", "windows, crops (random places) or packed (whole documents, separated).")
-    lr: float = _option(6e-4, "Learning rate at its highest.")
+    lr: float = _option(6e-4, "Learning rate at its highest; of finetune: 5e-5.")
     min_lr: float = _option(0.1, "Learning rate at the end, as a share of --lr.")
     warmup: int = _option(0, "Steps in which the learning rate rises from 0; 0: 2% of the steps.")
     schedule: str = _option("cosine", "How the learning rate falls: cosine, linear or constant.")

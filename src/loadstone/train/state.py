@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.atomic import atomic_file
 from ..checkpoint.base import Checkpoint
-from ..errors import LoadstoneError
+from ..errors import FormatError, LoadstoneError
 from ..load import load
 from ..save import save_model
 from .shards import open_state
@@ -79,10 +79,7 @@ class Run:
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write down what was asked for. Raises LoadstoneError if another run lies there."""
         self.require_new()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LoadstoneError(f"{self.folder}: the run's folder cannot be made ({error.strerror}).") from None
+        make_folder(self.folder)
         with atomic_file(self.record) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -156,8 +153,11 @@ class Run:
                 "the folder and begin anew; --save-every sets how often a checkpoint is written."
             )
         path = self.path(self.steps()[-1])
-        world.fill(model, lambda whole: weights.load(whole, path))
-        saved = open_state(path / "training")
+        try:
+            world.fill(model, lambda whole: weights.load(whole, path))
+            saved = open_state(path / "training")
+        except FormatError as error:
+            raise LoadstoneError(f"{error} Or remove {path} to resume from the checkpoint before it.") from None
         try:
             state = json.loads((path / "training" / "state.json").read_text(encoding="utf-8"))
             values, data = state["progress"], state["data"]
@@ -183,6 +183,14 @@ class Run:
         for step in self.steps():
             if self.path(step).name not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Raises LoadstoneError if a run's folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoadstoneError(f"{folder}: the run's folder cannot be made ({error.strerror}).") from None
 
 
 @torch.no_grad()

@@ -111,10 +111,10 @@ def _unknown_names(checkpoint: Checkpoint, dialect: str | None) -> str:
     names = list(checkpoint.tensors)
     if dialect and (others := _by_names(checkpoint, TABLES)):
         return f"{checkpoint.path}: the names are not {dialect}'s; they are those of {few(t.name for t in others)}."
-    if any(".lora_A." in name for name in names):
+    if any(".lora_A." in name or name.endswith(".lora_a") for name in names):
         return (
-            f"{checkpoint.path}: a LoRA adapter, which only changes a base model. Merge it into its base model first "
-            "(peft's merge_and_unload) and load the result."
+            f"{checkpoint.path}: a LoRA adapter, which only changes a base model. Merge it into its base first, "
+            "`loadstone merge BASE ADAPTER DST`, and load the result."
         )
     shown = ", ".join(names[:3]) if names else "none at all"
     return (
