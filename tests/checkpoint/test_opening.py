@@ -182,3 +182,11 @@ def test_a_broken_file_in_a_folder_is_an_error_and_not_skipped(tmp_path: Path) -
     torch_file(tmp_path / "pytorch_model.bin")
     with pytest.raises(FormatError, match=r"model.safetensors: it is truncated by 1 bytes"):
         open_checkpoint(tmp_path)
+
+
+def test_a_training_run_points_to_its_model(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "best").symlink_to("checkpoints/step-00000001")
+    with pytest.raises(SourceError, match=r"It is a training run; its model is .*best"):
+        open_checkpoint(tmp_path)

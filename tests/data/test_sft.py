@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from loadstone.data.batch import IGNORED, Sample, collate
-from loadstone.data.prompts import ChatStyle, Message, UnsuitedError
+from loadstone.data.prompts import ChatStyle, Message, PieceStyle, UnsuitedError, alpaca_template
+from loadstone.data.prompts import alpaca as alpaca_style
 from loadstone.data.sft import Instructions, load_instructions, read_conversations
 from loadstone.errors import FormatError, LoadstoneError, SourceError, TokenizerError
 from loadstone.tokenizer import Tokenizer, load_tokenizer
@@ -527,3 +528,15 @@ def test_the_books_and_dollys_instructions(shared: Path) -> None:
     dolly = load_instructions(shared / "data" / "dolly_hhrlhf_train_small.jsonl", tokenizer, 1024)
     assert dolly.report.style == "plain"
     assert learnt(tokenizer, dolly.train[0]).startswith("Kangen water is alkaline ionized water")
+
+
+@pytest.mark.parametrize("system", [[], [Message("system", 'You are "brief".')]])
+def test_alpacas_style_as_a_chat_template_asks_what_was_learnt(system: list[Message]) -> None:
+    tokenizer = tokenizer_with()
+    talk = [*system, Message("user", "What's {{ up }}?"), Message("assistant", "All\nis."), Message("user", "And?")]
+    template = replace(tokenizer, chat_template=alpaca_template(tokenizer))
+    asked = template.apply_chat([{"role": message.role, "content": message.content} for message in talk])
+    ids = template.encode(asked, add_special=False, parse_special=True)
+    assert ids == PieceStyle(tokenizer, alpaca_style)([*talk, Message("assistant", "")]).ids[: len(ids)]
+    assert asked.endswith("### Response:\n")
+    assert "{{ up }}" in asked

@@ -115,7 +115,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         groups.setdefault(_group(file) if found.kind == "index" else found.kind, []).append(file)
     best = next((group for group in _PRECEDENCE if group in groups), None)
     if best is None:
-        raise SourceError(f"{folder}: this folder holds no checkpoint. {_inventory(folder, sniffed)}")
+        inside = next((folder / name for name in ("best", "latest") if (folder / name).is_dir()), None)
+        hint = f" It is a training run; its model is {inside}." if inside else ""
+        raise SourceError(f"{folder}: this folder holds no checkpoint.{hint} {_inventory(folder, sniffed)}")
     if best == "bundle":
         chosen, checkpoint = folder, _bundle(folder)
     else:

@@ -89,4 +89,6 @@ def try_it(run: Path) -> str:
         return f"loadstone merge {shlex.quote(base)} {place} merged"
     if (run / "test.jsonl").is_file():
         return f"loadstone classify {place} --test {shlex.quote(str(run / 'test.jsonl'))}"
+    if json.loads((run / "run.json").read_text(encoding="utf-8"))["request"]["data"].get("kind") == "sft":
+        return f"loadstone chat {place}"
     return f'loadstone generate {place} "Once upon a time"'

@@ -10,6 +10,7 @@ an answer begins, as at inference; pieces that would say another text than the w
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -107,6 +108,20 @@ def alpaca(messages: Sequence[Message]) -> list[Piece]:
     return pieces
 
 
+def alpaca_template(tokenizer: Tokenizer) -> str:
+    """`alpaca` as a chat template, so that a model which learnt that style is asked in it by every program."""
+    begin, ends = PieceStyle(tokenizer, alpaca).borders()
+    before, response = (json.dumps(text) for text in (PREAMBLE, RESPONSE))
+    return (
+        "{% set system = messages[0]['role'] == 'system' %}"
+        "{% for message in (messages[1:] if system else messages) %}{% if message['role'] == 'assistant' %}"
+        f"{{{{ message['content'] + {json.dumps(ends)} }}}}{{% else %}}"
+        f"{{% if loop.first %}}{{{{ {json.dumps(begin)} + (messages[0]['content'] if system else {before}) }}}}"
+        "{% endif %}"
+        f"{{{{ '\\n\\n### Instruction:\\n' + message['content'] + '\\n\\n' + {response} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
 def _question(message: Message) -> str:
     return f"{message.content}\n\n{message.context}" if message.context else message.content
 
@@ -122,6 +137,11 @@ class PieceStyle:
         self._begin = [token for token in tokenizer.encode("a")[:1] if token == tokenizer.bos_id]
         self._end = tokenizer.eos_ids[:1]
         self.ends = {"".join(map(tokenizer.token_text, self._end))}
+
+    def borders(self) -> tuple[str, str]:
+        """The texts of the begin token and of the end token, empty where there is none."""
+        begin, end = ("".join(map(self._tokenizer.token_text, ids)) for ids in (self._begin, self._end))
+        return begin, end
 
     def __call__(self, messages: Sequence[Message], /) -> Row:
         row = Row([], [])

@@ -150,7 +150,10 @@ def loaded(request: Request, folder: Path, progress: Bytes | None, world: World)
     if tokenizer is None:
         raise LoadstoneError(f"{request.source}: it has no tokenizer, so text cannot be turned into tokens.")
     if request.data.kind == "sft":
-        return Start(gpt, tokenizer, instructions(request.data, tokenizer, settings), settings)
+        material = instructions(request.data, tokenizer, settings)
+        if material.chat_template:
+            tokenizer = replace(tokenizer, chat_template=material.chat_template)
+        return Start(gpt, tokenizer, material, settings)
     return Start(gpt, tokenizer, labelled(request.data, tokenizer, settings, folder), settings)
 
 

@@ -13,6 +13,7 @@ from ..data.batch import Samples
 from ..data.corpus import Corpus
 from ..data.labelled import load_labelled, write_labelled
 from ..data.prepare import prepare
+from ..data.prompts import alpaca_template
 from ..data.sft import load_instructions
 from ..data.shards import SIDECAR, Dataset
 from ..data.tokenizer_training import tokenizer_from
@@ -40,6 +41,7 @@ class Material:
         record: for run.json.
         notes: what the user should know about the data, one sentence each.
         labels: of a classifier.
+        chat_template: the form in which a model that learns this is to be asked; None: as before.
     """
 
     train: Samples
@@ -48,6 +50,7 @@ class Material:
     record: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
     labels: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 def text_data(
@@ -130,7 +133,9 @@ def instructions(wanted: DataRequest, tokenizer: Tokenizer, settings: Settings) 
         seed=settings.seed, style=wanted.style,
     )  # fmt: skip
     task, held = LanguageModel(compile=settings.compile), found.validation if len(found.validation) else None
-    return Material(found.train, held, task, {"report": found.report.lines()}, found.report.lines())
+    said, learnt = found.report.lines(), found.report.style == "alpaca" and tokenizer.chat_template is None
+    template = alpaca_template(tokenizer) if learnt else None
+    return Material(found.train, held, task, {"report": said}, said, chat_template=template)
 
 
 def labelled(wanted: DataRequest, tokenizer: Tokenizer, settings: Settings, run: Path) -> Material:
