@@ -29,7 +29,7 @@ LAYERS = [
     {"data"},
     {"finetune"},
     {"train"},
-    {"plot", "extend", "scratch"},
+    {"plot", "extend", "scratch", "evaluate"},
     {"chat"},
     {"cli"},
     {"__init__", "__main__"},

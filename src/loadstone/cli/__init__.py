@@ -15,7 +15,7 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import adapter, classify, compare, extend, fetch, look, plot, prepare, prove, run, train, write
+from . import adapter, classify, compare, eval, extend, fetch, look, plot, prepare, prove, run, train, write
 from .options import spread
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ VERBS = (
 )
 for _verb in VERBS:
     app.command()(spread(_verb))
+app.command("eval")(spread(eval.evaluate))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -141,9 +141,9 @@ def _attention(c: GPTConfig, step: Step) -> int:
 
 def head_buffers(config: GPTConfig, step: Step, *, trains_head: bool = True) -> int:
     """Bytes that `losses.head_loss` holds at its widest: with a chunk's logits, or its part of the gradient."""
-    from .losses import _chunks
+    from .losses import chunks
 
-    matrix, rows = config.vocab_size * config.d_model, min(_chunks(step.tokens, config.vocab_size)[0].stop, step.tokens)
+    matrix, rows = config.vocab_size * config.d_model, min(chunks(step.tokens, config.vocab_size)[0].stop, step.tokens)
     logits, several = rows * config.vocab_size, step.tokens > rows
     hidden = step.tokens * config.d_model * (FLOAT + HALF * step.half)  # its gradient; its bfloat16 copy
     total = matrix * trains_head * FLOAT

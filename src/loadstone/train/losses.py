@@ -36,7 +36,8 @@ def head_loss(hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor) -> Tens
     return loss
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
+def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Slices of rows, of even length, whose logits are at most CHUNK."""
     size = max(1, CHUNK // vocabulary)
     size = -(-rows // max(1, -(-rows // size)))  # as even as can be: a short last chunk costs more than its rows
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]
@@ -53,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
         d_weight_VC: Tensor | None = None
         with torch.autocast(device, enabled=False):
             rows_NC, head_VC = hidden_NC.to(dtype), weight_VC.to(dtype)
-            for chunk in _chunks(len(targets_N), len(weight_VC)):
+            for chunk in chunks(len(targets_N), len(weight_VC)):
                 scores_RV = F.log_softmax(product(rows_NC[chunk], head_VC.T), dim=-1, dtype=torch.float32)
                 targets_R1 = targets_N[chunk, None]
                 loss -= scores_RV.gather(1, targets_R1).sum()
