@@ -112,22 +112,18 @@ SPELLINGS: Mapping[str, Spelling] = {
 def detokenised(text: Text, spelling: str) -> Text:
     """The text as English. Words and line ends are still counted in the original; a note says what was kept."""
     rules = SPELLINGS[spelling]
-    lines = text.content.split("\n")
-    last = lines.pop() if lines[-1] == "" else None  # what follows the last line end
+    *lines, last = text.content.split("\n")  # the last has no line end, and mostly is nothing
     english = [rules.encode(line) for line in lines]
+    english.append(last and (rules.encode(last) or _RAW_LINE + last))
     marked = sum(line.count("  ") for line in english)
     whole = sum(line.startswith(_RAW_LINE) for line in english)
-    note = f"de-tokenised ({spelling}); {marked:,} places and {whole:,} of {len(lines):,} lines kept their spelling"
-    content = "\n".join(english) + ("\n" if last is not None else "")
-    return replace(text, content=content, form=f"de-tokenised ({spelling})", notes=(*text.notes, note))
+    total = len(lines) + bool(last)
+    note = f"de-tokenised ({spelling}); {marked:,} places and {whole:,} of {total:,} lines kept their spelling"
+    return replace(text, content="\n".join(english), form=f"de-tokenised ({spelling})", notes=(*text.notes, note))
 
 
 def retokenised(content: str, spelling: str) -> str:
     """The inverse of `detokenised`, of the content."""
-    return "\n".join(SPELLINGS[spelling].decode(line) if line or more else line for line, more in _lines(content))
-
-
-def _lines(content: str) -> list[tuple[str, bool]]:
-    """Lines, and whether a line end follows each."""
-    lines = content.split("\n")
-    return [(line, number < len(lines) - 1) for number, line in enumerate(lines)]
+    *lines, last = content.split("\n")
+    decode = SPELLINGS[spelling].decode
+    return "\n".join([*map(decode, lines), last and decode(last)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from .store import Store, model_hash, requests_hash
 from .tasks.base import Prepared, Settings, Task
 
 USUAL_CONTEXT = 2048  # at most, unless asked for: a context of 128k tokens is another experiment
+PORTION = 1024  # requests that are sorted by length together
 Progress = Callable[[int, int], None]
 
 
@@ -145,19 +146,32 @@ def _run(
     scored = {item: kept[item] for item in items if item in kept}
     for item in scored:
         meter.add(_tokens(prepared.items[item]), run=False)
-    owners = [(item, number) for item in items if item not in kept for number in range(len(prepared.items[item]))]
-    requests = [prepared.items[item][number] for item, number in owners]
-    parts: dict[int, dict[int, Scores]] = {}
-    for index, scores in score(model, requests, batch_size=batch_size):
-        item, number = owners[index]
-        parts.setdefault(item, {})[number] = scores
-        meter.add(_tokens([requests[index]]), run=True)
-        if len(parts[item]) == len(prepared.items[item]):
-            found = parts.pop(item)
-            scored[item] = [found[number] for number in range(len(found))]
-            if store:
-                store.add(item, scored[item])
+    for portion in _portions(prepared, [item for item in items if item not in kept]):
+        owners = [(item, number) for item in portion for number in range(len(prepared.items[item]))]
+        requests = [prepared.items[item][number] for item, number in owners]
+        parts: dict[int, dict[int, Scores]] = {}
+        for index, scores in score(model, requests, batch_size=batch_size):
+            item, number = owners[index]
+            parts.setdefault(item, {})[number] = scores
+            meter.add(_tokens([requests[index]]), run=True)
+            if len(parts[item]) == len(prepared.items[item]):
+                found = parts.pop(item)
+                scored[item] = [found[number] for number in range(len(found))]
+                if store:
+                    store.add(item, scored[item])
     return scored
+
+
+def _portions(prepared: Prepared, items: Sequence[int]) -> Iterator[list[int]]:
+    """Items of like length, at most PORTION requests (or one item).
+
+    The options of an item differ in length, so they are not run together, and an item is kept when it is complete: a
+    run that is stopped must not have all items half done.
+    """
+    order = sorted(items, key=lambda item: -max(len(request.ids) for request in prepared.items[item]))
+    each = max(1, PORTION // max((len(prepared.items[item]) for item in order), default=1))
+    for start in range(0, len(order), each):
+        yield order[start : start + each]
 
 
 def _result(

@@ -96,7 +96,7 @@ class Store:
             raise self._unwritable(error) from None
 
     def _read(self) -> None:
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open(encoding="utf-8", errors="backslashreplace") as file:
             if file.readline() != self._head:
                 raise self._damaged(1)
             for number, line in enumerate(file, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -98,7 +99,7 @@ class Asked:
             return []
         return [bos]
 
-    @property
+    @cached_property
     def adds_begin(self) -> bool:
         """Whether the tokenizer itself puts a begin token before every text (Llama's does, GPT-2's does not)."""
         return self.tokenizer.encode("a")[:1] == [self.tokenizer.bos_id]
