@@ -30,7 +30,7 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"plot", "extend", "scratch", "evaluate"},
-    {"chat"},
+    {"chat", "compare"},
     {"cli"},
     {"__init__", "__main__"},
 ]

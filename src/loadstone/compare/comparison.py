@@ -211,15 +211,19 @@ def _candidates(sources: Sequence[str], open_source: Callable[[str], Identity]) 
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart; a source that is named twice is numbered."""
-    parts = [source.rstrip("/").split("/") for source in sources]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        plain = any(name in ("best", "latest") or name.startswith("step-") for name in names)
-        if not plain and len(set(names)) == len(set(sources)):
-            break
+    """The last parts of paths, as many as tell them apart; RUN for RUN/best. A source that comes twice is numbered."""
+    whole = [source.rstrip("/").split("/") for source in sources]
+    short = [parts[:-1] if parts[-1] in ("best", "latest") and len(parts) > 1 else parts for parts in whole]
+    names = next(names for paths in (short, whole) if len(set(names := _ends(paths))) == len(set(sources)))
     counts = [names[:i].count(name) + 1 for i, name in enumerate(names)]
     return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+
+
+def _ends(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The shortest ends of paths that are as different as the paths are."""
+    different = len({tuple(path) for path in paths})
+    ends = (["/".join(path[-depth:]) for path in paths] for depth in range(1, max(map(len, paths)) + 1))
+    return next(names for names in ends if len(set(names)) == different)
 
 
 def _made(device: str) -> dict[str, str]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import FormatError
 from ..plot import read_run
-from ..plot.reading import METRICS, Array
+from ..plot.reading import METRICS
 
+Array = NDArray[np.float64]
 Points = tuple[tuple[float, float], ...]  # (tokens seen, nats per token)
 POINTS = 240  # most points of a curve: as many as a chart can show
 
@@ -86,7 +88,7 @@ def _progress(path: Path) -> dict[str, float]:
         raise FormatError(path, f"its counters cannot be read ({error}).", hint) from None
 
 
-def _points(tokens: Array, loss: Array, wanted: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Points:
+def _points(tokens: Array, loss: Array, wanted: NDArray[np.bool_]) -> Points:
     good = wanted & np.isfinite(tokens) & np.isfinite(loss)
     return tuple(zip(tokens[good].tolist(), loss[good].tolist(), strict=True))
 

@@ -1,0 +1,62 @@
+"""The heat strip: a text in which every piece shows which of two models foresaw it better, and how much.
+
+Colour says who and how much; a line below says it again without colour: unbroken for A, dotted for the other, thicker
+for more. One bit: twice as likely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from .align import Piece
+from .markup import Html, join, tag
+
+LEVELS = (1, 2, 4)  # bits from which on a piece is marked, a little, clearly, strongly
+_SIDES = ("first", "other")
+
+
+def strip(content: str, found: Sequence[Piece], letters: tuple[str, str]) -> Html:
+    """The whole text. Pieces that differ by less than a bit stay plain, and neighbouring ones become one."""
+    return tag("p", *_parts(content, found, letters), class_="strip")
+
+
+def _parts(content: str, found: Sequence[Piece], letters: tuple[str, str]) -> Iterator[Html]:
+    plain = 0  # where the plain text that was not given out yet begins
+    for piece in found:
+        if style := _style(piece.difference):
+            yield join([content[plain : piece.begin]])
+            plain = piece.end
+            yield tag("span", spelled(content[piece.begin : piece.end]), class_=style, title=told(piece, letters))
+    yield join([content[plain:]])
+
+
+def spelled(words: str) -> str:
+    """Line ends that are marked can be seen."""
+    return words.replace("\n", "↵\n")
+
+
+def told(piece: Piece, letters: tuple[str, str]) -> str:
+    return ", ".join(f"{letter} {bits:.1f} bits" for letter, bits in zip(letters, piece.bits, strict=True))
+
+
+def _style(difference: float) -> str:
+    """`first2`: the first model foresaw it better, clearly. Nothing for what is alike, or not scored."""
+    level = 0 if math.isnan(difference) else sum(abs(difference) >= bits for bits in LEVELS)
+    return f"{_SIDES[difference > 0]}{level}" if level else ""
+
+
+def times(difference: float) -> str:
+    """How many times as likely the better model held a piece."""
+    ratio = 2.0 ** min(abs(difference), 60)
+    if ratio >= 1e6:
+        return "over a million"
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+def legend(letters: tuple[str, str]) -> Html:
+    items = []
+    for side, name, line in zip(_SIDES, letters, ("unbroken", "dotted"), strict=True):
+        marks = join([tag("span", f"{2**bits}×", class_=f"{side}{i}") for i, bits in enumerate(LEVELS, 1)], " ")
+        items.append(tag("li", f"{name} foresaw it better ({line} line): at least ", marks, " as likely"))
+    return tag("ul", *items, class_="legend")
