@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loadstone.evaluate.detokenise import SPELLINGS, detokenised, retokenised
@@ -29,6 +29,8 @@ def test_every_line_comes_back(line: str, spelling: str, regular: bool) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LINES, max_size=6).map("\n".join), st.sampled_from(list(SPELLINGS)))
+@example("the\n ", "ptb")
+@example(" the \n the ", "ptb")
 def test_every_text_comes_back(content: str, spelling: str) -> None:
     if content.strip():
         assert retokenised(detokenised(text_of(content, "x"), spelling).content, spelling) == content

@@ -34,6 +34,7 @@ def test_windows_score_each_token_once_with_the_context_that_is_promised(
     found = windows(length, context, stride)
     scored = [at for window in found for at in range(window.end - window.targets, window.end)]
     assert scored == list(range(1, length))
+    assert len(found) == (0 if length < 2 else 1 + max(0, -(-(length - 1 - context) // stride)))  # and none too many
     for window in found:
         assert 0 <= window.begin < window.end <= length
         assert window.end - 1 - window.begin == min(context, window.end - 1)  # tokens read: never less than there are
@@ -72,6 +73,12 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(WORDS, encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_shared_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user's own file needs none."""
+    monkeypatch.setenv("LOADSTONE_SHARED", str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("begun", [True, False])

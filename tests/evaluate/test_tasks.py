@@ -20,6 +20,7 @@ from loadstone.evaluate.scoring import Scores
 from loadstone.evaluate.tasks import TASKS, task_named
 from loadstone.evaluate.tasks.base import Asked, Settings
 from loadstone.evaluate.tasks.choice import ChoiceTask, PreparedChoices, Question
+from loadstone.evaluate.tasks.lambada import PreparedWords
 from loadstone.model import GPT
 from loadstone.tokenizer import Tokenizer
 
@@ -87,16 +88,26 @@ def test_choices_against_the_formulas(write: Write, name: str, cue: str, batch_s
     assert found.items == found.of == len(QUESTIONS)
 
 
+def scores(*logprobs: float, greedy: Sequence[bool] = ()) -> Scores:
+    return Scores(np.array(logprobs, dtype=np.float32), np.array(greedy or [True] * len(logprobs)))
+
+
 def test_the_three_accuracies_are_three_things() -> None:
-    questions = [Question([("c", " aaaaaaaa"), ("c", " b"), ("c", " cc")], gold) for gold in range(3)]
+    questions = [Question([("c", " abcd"), ("c", " é"), ("c", " cc")], gold) for gold in range(3)]
     prepared = PreparedChoices(questions, [[]] * 3, {}, [], True)
-
-    def scores(*logprobs: float) -> Scores:
-        return Scores(np.array(logprobs, dtype=np.float32), np.array([True] * len(logprobs)))
-
-    options = [scores(-4.0), scores(-3.0), scores(-1.6, -1.6)]  # sums -4, -3, -3.2; per character -.5, -3, -1.6
+    # sums -3, -1, -1.6; per character -.75, -1, -.8 (of bytes or with the space another would win); per token -3, -1, -.8
+    options = [scores(-3.0), scores(-1.0), scores(-0.8, -0.8)]
     values = [[m.value for m in prepared.metrics({item: options})] for item in range(3)]
     assert values == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_a_word_is_right_if_all_its_tokens_are() -> None:
+    prepared = PreparedWords([[]] * 3, {}, [])
+    words = [scores(-1.0, -2.0, greedy=marks) for marks in ((True, True), (True, False), (False, True))]
+    found = {each.name: each.value for each in prepared.metrics({item: [word] for item, word in enumerate(words)})}
+    assert (found["acc"], found["last_token_acc"]) == (1 / 3, 2 / 3)
+    assert found["perplexity"] == pytest.approx(math.exp(3))
+    assert found["last_token_perplexity"] == pytest.approx(math.exp(2))
 
 
 def test_winogrande_scores_what_follows(write: Write) -> None:
@@ -174,6 +185,10 @@ HUB_FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], int]] = {
     "arc_challenge": (
         {"question": "Who sings?", "choices": {"text": ["cats", "birds"], "label": ["A", "B"]}, "answerKey": "B"},
         [("Question: Who sings?\nAnswer:", " cats"), ("Question: Who sings?\nAnswer:", " birds")], 1,
+    ),
+    "winogrande": (
+        {"sentence": "The cat saw the dog, so _ ran.", "option1": "the cat", "option2": "the dog", "answer": "2"},
+        [("The cat saw the dog, so the cat", " ran."), ("The cat saw the dog, so the dog", " ran.")], 1,
     ),
     "hellaswag": (
         {"ctx": "A cat sits. It", "endings": ["sings.", "flies.", "naps.", "is 12."], "label": "2"},

@@ -13,7 +13,7 @@ import numpy as np
 from ...data.hub import hub_rows
 from ...errors import SourceError
 from ...tokenizer import Tokenizer
-from ..data import Source, find
+from ..data import Found, Source, find
 from ..detokenise import detokenised
 from ..intervals import Metric
 from ..perplexity import Stream, Text, perplexities, read_text, stream, text_of
@@ -23,19 +23,25 @@ from .base import Scored, Settings
 
 @dataclass(frozen=True)
 class TextTask:
-    """A text. `spelling` names the de-tokeniser that it is put through first, if any."""
+    """A text.
+
+    Attributes:
+        spelling: the de-tokeniser that it is put through first, if any.
+        path: of a user's own file, which is looked for nowhere else.
+    """
 
     name: str
     title: str
     source: Source
     spelling: str = ""
+    path: Path | None = None
 
     def prepare(self, given: str | None, tokenizer: Tokenizer, settings: Settings) -> PreparedText:
-        found = find(self.name, self.source, given)
+        found = Found(self.path, "") if self.path else find(self.name, self.source, given)
         if found.path is None:
             text = text_of("".join(str(row.get("text", "")) for row in hub_rows(found.hub)), found.hub)
         elif found.path.is_dir():
-            raise SourceError(f"{found.path}: it is a folder. Name the text itself: --data {self.name}=FILE.")
+            raise SourceError(f"{found.path}: it is a folder. Name the text itself.")
         else:
             text = read_text(found.path)
         if self.spelling:
@@ -45,7 +51,7 @@ class TextTask:
 
 def file_task(path: Path) -> TextTask:
     """Perplexity of a user's own file."""
-    return TextTask(str(path), f"perplexity of {path.name}", Source(str(path.absolute())))
+    return TextTask(str(path), f"perplexity of {path.name}", Source(path.name), path=path)
 
 
 @dataclass
