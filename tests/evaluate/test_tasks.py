@@ -95,7 +95,7 @@ def scores(*logprobs: float, greedy: Sequence[bool] = ()) -> Scores:
 def test_the_three_accuracies_are_three_things() -> None:
     questions = [Question([("c", " abcd"), ("c", " é"), ("c", " cc")], gold) for gold in range(3)]
     prepared = PreparedChoices(questions, [[]] * 3, {}, [], True)
-    # sums -3, -1, -1.6; per character -.75, -1, -.8 (of bytes or with the space another would win); per token -3, -1, -.8
+    # sums -3, -1, -1.6; per character -.75, -1, -.8 (of bytes another would win); per token -3, -1, -.8
     options = [scores(-3.0), scores(-1.0), scores(-0.8, -0.8)]
     values = [[m.value for m in prepared.metrics({item: options})] for item in range(3)]
     assert values == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
