@@ -149,5 +149,7 @@ def _kinds(curve: Curve) -> tuple[tuple[str, Points], ...]:
 def _picture(name: str, title: str, description: str, height: int, content: Sequence[Html]) -> Html:
     """An SVG that says in words what it shows."""
     told = join([tag("title", title, id=f"{name}-title"), tag("desc", description, id=f"{name}-desc")])
-    labels = f"{name}-title {name}-desc"
-    return tag("svg", told, *content, role="img", aria_labelledby=labels, class_=name, width="100%", height=height)
+    return tag(
+        "svg", told, *content, role="img", aria_labelledby=f"{name}-title", aria_describedby=f"{name}-desc",
+        class_=name, width="100%", height=height,
+    )  # fmt: skip

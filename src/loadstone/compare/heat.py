@@ -7,11 +7,14 @@ for more. One bit: twice as likely.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from .align import Piece
 from .markup import Html, join, tag
 
+BEFORE, AFTER = 24, 12  # characters of context
+_RUNS = re.compile(" {2,}")
 LEVELS = (1, 2, 4)  # bits from which on a piece is marked, a little, clearly, strongly
 _SIDES = ("first", "other")
 
@@ -27,16 +30,21 @@ def _parts(content: str, found: Sequence[Piece], letters: tuple[str, str]) -> It
         if style := _style(piece.difference):
             yield join([content[plain : piece.begin]])
             plain = piece.end
-            yield tag("span", spelled(content[piece.begin : piece.end]), class_=style, title=told(piece, letters))
+            marked = content[piece.begin : piece.end].replace("\n", "↵\n")  # a line end that is marked can be seen
+            yield tag("span", marked, class_=style, title=_told(piece, letters))
     yield join([content[plain:]])
 
 
-def spelled(words: str) -> str:
-    """Line ends that are marked can be seen."""
-    return words.replace("\n", "↵\n")
+def in_context(content: str, piece: Piece) -> Html:
+    """A piece, marked, on one line with what stands around it."""
+    before, marked, after = (
+        _RUNS.sub(" ", content[begin:end].replace("\n", "↵"))
+        for begin, end in ((max(0, piece.begin - BEFORE), piece.begin), piece[:2], (piece.end, piece.end + AFTER))
+    )
+    return tag("span", before, tag("span", marked, class_=_style(piece.difference) or None), after, class_="context")
 
 
-def told(piece: Piece, letters: tuple[str, str]) -> str:
+def _told(piece: Piece, letters: tuple[str, str]) -> str:
     return ", ".join(f"{letter} {bits:.1f} bits" for letter, bits in zip(letters, piece.bits, strict=True))
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from .charts import Curve, bars, curves, mark
 from .comparison import Comparison
-from .heat import legend, spelled, strip, times
+from .heat import in_context, legend, strip, times
 from .markup import Html, join, tag
 from .tables import Group, Row, domain_rows, figures, letter, verdict
 
@@ -108,7 +108,7 @@ def _samples(found: Comparison) -> Html:
 def _prompts(found: Comparison) -> Iterator[Html]:
     """All samples of one prompt under a heading, those of one seed beside each other."""
     for prompt in dict.fromkeys(found.protocol.prompts):
-        yield tag("h3", tag("q", prompt))
+        yield tag("h3", f"{prompt} …")
         for seed in found.protocol.seeds:
             rows = [[s for s in model.samples if (s.prompt, s.seed) == (prompt, seed)] for model in found.models]
             cards = [_card(found, index, samples[0].text) for index, samples in enumerate(rows)]
@@ -118,7 +118,7 @@ def _prompts(found: Comparison) -> Iterator[Html]:
 
 def _card(found: Comparison, index: int, words: str) -> Html:
     caption = tag("figcaption", _key(index), " ", found.models[index].name)
-    shown = tag("blockquote", words) if words.strip() else tag("p", "It ends the text here.", class_="note")
+    shown = tag("blockquote", words.strip()) if words.strip() else tag("p", "It ends the text here.", class_="note")
     return tag("figure", caption, shown)
 
 
@@ -169,16 +169,16 @@ def _pair(found: Comparison, other: int) -> Iterator[Html]:
     rows = [
         tag(
             "tr",
-            tag("th", tag("q", spelled(found.texts[name].content[piece.begin : piece.end])), scope="row"),
-            tag("td", name),
-            *(tag("td", f"{bits:.1f}") for bits in piece.bits),
+            tag("th", in_context(found.texts[name].content, piece), scope="row"),
             tag("td", f"{letters[piece.difference > 0]}, {times(piece.difference)}×"),
+            *(tag("td", f"{bits:.1f}") for bits in piece.bits),
+            tag("td", name),
         )
         for name, piece in found.spans(other)
         if piece.difference
     ]
     if rows:
-        heads = ["Piece", "Text", f"Bits of {letters[0]}", f"Bits of {letters[1]}", "More likely for"]
+        heads = ["Piece", "More likely for", f"Bits of {letters[0]}", f"Bits of {letters[1]}", "Text"]
         caption = f"The {len(rows)} pieces in which {letters[0]} and {letters[1]} differ most."
         yield _table(f"spans{other}", caption, heads, [tag("tbody", *rows)])
     else:

@@ -155,7 +155,7 @@ def amount(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """5303 -> 1 h 28 min."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
