@@ -69,8 +69,10 @@ def test_some_targets_are_the_likeliest_and_some_not() -> None:
 def test_bfloat16_is_near_float32_and_the_model_is_left_as_it_was() -> None:
     model = small_gpt(layers=2).train()
     model.set_dropout(0.5)
+    product = model.blocks[0].mlp.up.product  # type: ignore[union-attr]
     exact = all_scores(model, requests())
     assert model.training
+    assert model.blocks[0].mlp.up.product is product  # type: ignore[union-attr]
     rough = all_scores(model.to(torch.bfloat16), requests(), 4)
     errors = np.concatenate([a.logprobs - b.logprobs for a, b in zip(exact, rough, strict=True)])
     assert 0 < np.abs(errors).mean() < 0.2

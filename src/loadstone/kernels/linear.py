@@ -1,8 +1,8 @@
-"""Float32 matrix products for training on an x86 CPU: oneDNN, where torch takes MKL.
+"""Float32 matrix products for training and scoring on an x86 CPU: oneDNN, where torch takes MKL.
 
 Measured on an AMD EPYC (docs/performance.md): 10% faster for a layer of GPT-2, 40% for its head. Gradients of weights
 stay with MKL: there the transposed operands cost oneDNN more than it gains. Bfloat16 products go through oneDNN anyway.
-The last bits differ from `F.linear`, so inference does not come here.
+The last bits differ from `F.linear`, so generation and `verify` do not come here.
 
 Shapes: N rows, K inputs, M outputs.
 """
@@ -36,6 +36,13 @@ def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
         return F.linear(x, weight_MK, bias_M)
     y: Tensor = _Linear.apply(x, weight_MK, bias_M)  # type: ignore[no-untyped-call]
     return y
+
+
+def scoring_linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
+    """F.linear without gradients: [..., K] -> [..., M]."""
+    if _ours(x) and _ours(weight_MK):
+        return _ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
+    return F.linear(x, weight_MK, bias_M)
 
 
 def _ours(x: Tensor) -> bool:
