@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import chain
 
 import numpy as np
 
@@ -23,9 +23,8 @@ from .align import TokenBits, token_bits
 from .history import History
 
 Tick = Callable[[], None]
-Result = TypeVar("Result")
-TIMED_TOKENS = 32  # generated in one timing
-TIMINGS, SECONDS = 3, 3.0  # of a speed: at most so many, and no further one after so long
+READ_TOKENS, WRITTEN_TOKENS = 512, 32  # of one timing
+TIMINGS, SECONDS = 5, 3.0  # at most so many, and no more after so long, but two at least: the first one warms up
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Measured:
     Attributes:
         parameters: distinct ones; untied_parameters: if a tied head were a copy of the embedding.
         file_bytes: of the weights' files; weight_bytes: of the parameters in memory, in `dtype`.
-        scoring_speed: tokens read, of all texts; generation_speed: tokens written, one after the other.
+        reading_speed: of texts in a batch; writing_speed: of one text, token after token.
     """
 
     name: str
@@ -106,8 +105,8 @@ class Measured:
     history: History | None
     scores: Mapping[str, TextScore]
     samples: tuple[Sample, ...]
-    scoring_speed: float
-    generation_speed: float
+    reading_speed: float
+    writing_speed: float
 
 
 def steps(protocol: Protocol) -> int:
@@ -121,10 +120,10 @@ def measure(candidate: Candidate, texts: Mapping[str, Text], protocol: Protocol,
     model = load_model(identity, dtype=protocol.dtype, device=protocol.device)
     tick()
     streams = {name: stream(text, tokenizer, protocol.context, protocol.stride) for name, text in texts.items()}
-    scores, scoring_speed = _scored(model, tokenizer, streams)
+    scores = _scored(model, tokenizer, streams)
     tick()
     samples = _samples(model, tokenizer, protocol, tick)
-    generation_speed = _generation_speed(model, tokenizer, protocol.prompts[0])
+    speeds = _reading_speed(model, streams), _writing_speed(model, tokenizer, protocol.prompts[0])
     tick()
     config, parameters = identity.config, list(model.parameters())
     return Measured(
@@ -142,8 +141,7 @@ def measure(candidate: Candidate, texts: Mapping[str, Text], protocol: Protocol,
         candidate.history,
         scores,
         samples,
-        scoring_speed,
-        generation_speed,
+        *speeds,
     )
 
 
@@ -153,14 +151,14 @@ def _architecture(identity: Identity) -> str:
     return f"{config.architecture}: {config.n_layers} layers, width {config.d_model}, {config.n_heads} heads{shared}"
 
 
-def _scored(model: GPT, tokenizer: Tokenizer, streams: Mapping[str, Tokens]) -> tuple[dict[str, TextScore], float]:
-    """Each text's losses, and tokens read per second."""
+def _scored(model: GPT, tokenizer: Tokenizer, streams: Mapping[str, Tokens]) -> dict[str, TextScore]:
+    """Each text's losses."""
     requests: list[Request] = []
     owners: list[str] = []
     for name, tokens in streams.items():
         requests += tokens.requests()
         owners += [name] * len(tokens.windows)
-    found, speed = _best(lambda: dict(score(model, requests)), sum(len(request.ids) - 1 for request in requests))
+    found = dict(score(model, requests))
     scores = {}
     for name, tokens in streams.items():
         parts = [found[i].logprobs.astype(np.float64) for i, owner in enumerate(owners) if owner == name]
@@ -168,7 +166,7 @@ def _scored(model: GPT, tokenizer: Tokenizer, streams: Mapping[str, Tokens]) -> 
         spelled = [tokenizer.token_bytes(token) for token in tokens.ids[int(tokens.begun) :].tolist()]
         bits = token_bits(tokens.text.content, spelled, nats)
         scores[name] = TextScore(len(nats), float(nats.sum()), bits)
-    return scores, speed
+    return scores
 
 
 def _samples(model: GPT, tokenizer: Tokenizer, protocol: Protocol, tick: Tick) -> tuple[Sample, ...]:
@@ -189,24 +187,29 @@ def _samples(model: GPT, tokenizer: Tokenizer, protocol: Protocol, tick: Tick) -
     )
 
 
-def _generation_speed(model: GPT, tokenizer: Tokenizer, prompt: str) -> float:
+def _reading_speed(model: GPT, streams: Mapping[str, Tokens]) -> float:
+    """Of the texts' first windows, until there are READ_TOKENS."""
+    requests: list[Request] = []
+    for request in chain.from_iterable(tokens.requests() for tokens in streams.values()):
+        requests.append(request)
+        if (read := sum(len(each.ids) - 1 for each in requests)) >= READ_TOKENS:
+            break
+    return _best_speed(lambda: list(score(model, requests)), read)
+
+
+def _writing_speed(model: GPT, tokenizer: Tokenizer, prompt: str) -> float:
     """One text, token by token, greedily; it does not stop at an end token."""
     ids = tokenizer.encode(prompt)
 
-    def run() -> None:
-        generate(model, [ids], max_new_tokens=TIMED_TOKENS, overflow="window")
-
-    return _best(run, TIMED_TOKENS)[1]
+    return _best_speed(lambda: generate(model, [ids], max_new_tokens=WRITTEN_TOKENS, overflow="window"), WRITTEN_TOKENS)
 
 
-def _best(run: Callable[[], Result], tokens: int) -> tuple[Result, float]:
-    """What it gives, and the most tokens per second of a few timings: other programs only ever make it slower."""
+def _best_speed(run: Callable[[], object], tokens: int) -> float:
+    """The most tokens per second of a few timings: whatever else the machine does only ever makes it slower."""
     speeds: list[float] = []
     begun = time.perf_counter()
-    while True:
+    while len(speeds) < 2 or (len(speeds) < TIMINGS and time.perf_counter() - begun < SECONDS):
         start = time.perf_counter()
-        result = run()
-        now = time.perf_counter()
-        speeds.append(tokens / max(now - start, 1e-9))
-        if len(speeds) == TIMINGS or now - begun > SECONDS:
-            return result, max(speeds)
+        run()
+        speeds.append(tokens / max(time.perf_counter() - start, 1e-9))
+    return max(speeds)

@@ -200,7 +200,7 @@ def _protocol(found: Comparison) -> Html:
         "Bits per byte": "Over the characters that every model scored, divided by their UTF-8 bytes.",
         "Intervals": "95%, from blocks of neighbouring pieces of these texts; other texts may well differ more.",
         "Samples": f"Seeds {', '.join(map(str, rule.seeds))}; at most {rule.max_new_tokens} tokens or to an end token.",
-        "Speeds": "The best of up to three timings, on a machine that may have been busy.",
+        "Speeds": "The best of two to five timings, on a machine that may have been busy.",
         "Computed in": f"{', '.join(dict.fromkeys(model.dtype for model in found.models))} on {rule.device}",
         "Made": f"{found.made['date']} by {found.made['program']} on {found.made['machine']}",
     }

@@ -109,8 +109,8 @@ def _cost_rows(found: Comparison) -> Iterator[Row]:
         found, "Memory of weights", lambda model: f"{size_text(model.weight_bytes, tenths_below=1000)} ({model.dtype})"
     )
     for label, note, speed in (
-        ("Reading speed", "tokens per second, texts in a batch", [model.scoring_speed for model in found.models]),
-        ("Writing speed", "tokens per second, one text", [model.generation_speed for model in found.models]),
+        ("Reading speed", "tokens per second, texts in a batch", [model.reading_speed for model in found.models]),
+        ("Writing speed", "tokens per second, one text", [model.writing_speed for model in found.models]),
     ):
         yield Row(label, tuple(map(_large, speed)), note)
 
