@@ -22,6 +22,9 @@ STICKING_OUT = """[...document.querySelectorAll("body *")]
   .filter(e => !e.closest(".scroll, .unseen"))
   .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
   .map(e => e.outerHTML.slice(0, 80))"""
+# What is said of a whole table must not be cut off by the edge of its box.
+CUT_OFF = """[...document.querySelectorAll("caption, .group span")]
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth).map(e => e.textContent)"""
 # Each element with text of its own: the text's colour, and that of the first ground behind it that is not clear.
 COLOURS = """[...document.querySelectorAll("main :not(title, desc)")]
   .filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
@@ -54,6 +57,7 @@ def test_it_fits_and_fetches_nothing(browser: Browser, report: Path, width: int,
     assert browser.value("window.innerWidth") == width
     assert browser.value("document.documentElement.scrollWidth") == width
     assert browser.value(STICKING_OUT) == []
+    assert browser.value(CUT_OFF) == []
     assert browser.value("getComputedStyle(document.body).backgroundColor") == GROUND[scheme]
     assert [asked["request"]["url"] for asked in browser.happened("Network.requestWillBeSent")] == [report.as_uri()]
     for complaint in (

@@ -74,7 +74,11 @@ def _row(row: Row) -> Html:
 
 
 def _group(group: Group) -> Html:
-    title = tag("tr", tag("th", group.title, scope="rowgroup", colspan=1 + len(group.rows[0].cells)), class_="group")
+    title = tag(
+        "tr",
+        tag("th", tag("span", group.title), scope="rowgroup", colspan=1 + len(group.rows[0].cells)),
+        class_="group",
+    )
     return tag("tbody", title, *map(_row, group.rows))
 
 
