@@ -29,8 +29,8 @@ LAYERS = [
     {"data"},
     {"finetune"},
     {"train"},
-    {"plot", "extend", "scratch"},
-    {"chat"},
+    {"plot", "extend", "scratch", "evaluate"},
+    {"chat", "compare"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -231,3 +232,25 @@ print(faults())
 
 def keep_is_possible() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+
+
+@pytest.mark.parametrize("compute", [linear_file.linear, linear_file.scoring_linear])
+def test_a_part_of_a_wider_matrix_is_left_to_torch(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN would take a thousand times as long for the q of a fused c_attn."""
+    asked: list[bool] = []
+
+    def onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+        asked.append(True)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(linear_file, "_X86", True)
+    monkeypatch.setattr(linear_file, "_ONEDNN", onednn)
+    fused = torch.randn(16, 48, requires_grad=True)
+    x = torch.randn(3, 16)
+    for weight, there in ((fused.T[:16], False), (fused[:, :16].T, False), (fused.T, True), (torch.randn(8, 16), True)):
+        asked.clear()
+        with torch.set_grad_enabled(compute is linear_file.linear):
+            torch.testing.assert_close(compute(x, weight.detach().requires_grad_(), None), x @ weight.T)
+        assert bool(asked) == there

@@ -15,7 +15,7 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import adapter, classify, compare, extend, fetch, look, plot, prepare, prove, run, train, write
+from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, run, train, write
 from .options import spread
 
 app = typer.Typer(
@@ -38,12 +38,13 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 
 VERBS = (
-    *(look.inspect, look.plan, prove.verify, prove.trace, compare.diff),
+    *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
     *(run.generate, run.chat, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
 )
 for _verb in VERBS:
     app.command()(spread(_verb))
+app.command("eval")(spread(eval.evaluate))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

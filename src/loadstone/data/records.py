@@ -93,7 +93,7 @@ def _object(path: Path, place: str, value: Any) -> Fields:
     return value
 
 
-def text_of(path: Path, place: str, name: str, value: Any) -> str:
+def text_of(path: Path | str, place: str, name: str, value: Any) -> str:
     """A field's text. Raises FormatError if it is none, or holds half a surrogate pair, which JSON can spell."""
     if not isinstance(value, str):
         raise FormatError(path, f"{place}: {name} should be a text, found {shown(value)}.")

@@ -1,8 +1,8 @@
-"""Float32 matrix products for training on an x86 CPU: oneDNN, where torch takes MKL.
+"""Float32 matrix products for training and scoring on an x86 CPU: oneDNN, where torch takes MKL.
 
 Measured on an AMD EPYC (docs/performance.md): 10% faster for a layer of GPT-2, 40% for its head. Gradients of weights
 stay with MKL: there the transposed operands cost oneDNN more than it gains. Bfloat16 products go through oneDNN anyway.
-The last bits differ from `F.linear`, so inference does not come here.
+The last bits differ from `F.linear`, so generation and `verify` do not come here.
 
 Shapes: N rows, K inputs, M outputs.
 """
@@ -38,10 +38,22 @@ def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
     return y
 
 
+def scoring_linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
+    """F.linear without gradients: [..., K] -> [..., M]."""
+    if _ours(x) and _ours(weight_MK):
+        return _ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
+    return F.linear(x, weight_MK, bias_M)
+
+
 def _ours(x: Tensor) -> bool:
-    """Float32 in this machine's memory, and no subclass: shards (DTensor) have products of their own."""
+    """Float32 in this machine's memory, and no subclass: shards (DTensor) have products of their own.
+
+    And without gaps: for a part of a wider matrix, as the q of a fused `c_attn` is, oneDNN takes its reference kernel
+    (8 s instead of 8 ms for 2,048 tokens and a width of 256).
+    """
     plain = type(x) in (Tensor, torch.nn.Parameter)
-    return _ONEDNN is not None and _X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
+    fits = _ONEDNN is not None and _X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
+    return fits and (x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()))
 
 
 class _Linear(torch.autograd.Function):

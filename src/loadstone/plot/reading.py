@@ -33,6 +33,7 @@ class Training:
     loss: Array  # nats per token
     lr: Array
     phase: Array  # index into the strategy's phases
+    seconds: Array  # of training since the beginning
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class JsonLines:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         for name in set(FILES.values()):
-            _drop_torn_line(folder / name)
+            drop_torn_line(folder / name)
 
     def __call__(self, kind: str, record: Mapping[str, Any]) -> None:
         if kind not in FILES:
@@ -77,7 +77,7 @@ class TensorBoard:
                 self._writer.add_scalar(f"{group}/{key}", value, step)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """A full disk or a lost machine may leave half a line, to which the next would be appended."""
     if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)

@@ -37,6 +37,7 @@ def head_loss(hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor) -> Tens
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Slices of rows, of even length, whose logits are at most CHUNK."""
     size = max(1, CHUNK // vocabulary)
     size = -(-rows // max(1, -(-rows // size)))  # as even as can be: a short last chunk costs more than its rows
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]
