@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def test_it_fits_and_fetches_nothing(browser: Browser, report: Path, width: int,
         "Page.javascriptDialogOpening",
     ):
         assert browser.happened(complaint) == []
+
+
+def test_figures_at_the_end_of_an_axis_stay_on_a_phone(
+    browser: Browser, comparison: Comparison, tmp_path: Path
+) -> None:
+    first, *others = comparison.models
+    assert first.history is not None
+    history = replace(first.history, training=((1000, 5.0), (8e6, 3.0)))  # 10 million lies at 99%
+    path = tmp_path / "report.html"
+    path.write_text(page(replace(comparison, models=(replace(first, history=history), *others))), encoding="utf-8")
+    browser.open(path, 360, "light")
+    assert "10 million" in browser.value('document.querySelector(".curves").textContent')
+    assert browser.value("document.documentElement.scrollWidth") == 360
+    assert browser.value(STICKING_OUT) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

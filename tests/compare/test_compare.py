@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,10 @@ from loadstone.compare import Comparison
 from loadstone.compare.align import TokenBits
 from loadstone.compare.comparison import _names
 from loadstone.compare.domains import DOMAINS, read_texts
-from loadstone.compare.history import POINTS, read_history
+from loadstone.compare.heat import LONGEST
+from loadstone.compare.markdown import markdown
+from loadstone.compare.measure import TextScore
+from loadstone.compare.page import page
 from loadstone.compare.tables import Row, amount, duration, figures, letter, signed, verdict
 from loadstone.errors import LoadstoneError
 
@@ -28,12 +32,21 @@ def rows(found: Comparison) -> dict[str, Row]:
     return {row.label: row for group in figures(found) for row in group.rows}
 
 
+def unscored(score: TextScore, first: int) -> TextScore:
+    """As if nothing came before the first tokens."""
+    bits = score.bits.bits.copy()
+    bits[:first] = math.nan
+    return replace(score, bits=TokenBits(score.bits.ends, bits))
+
+
 def test_a_model_against_itself_differs_nowhere(comparison: Comparison) -> None:
     """The run and its best checkpoint, which is the same file."""
     for name in comparison.texts:
         assert all(piece.difference == 0 for piece in comparison.pieces(2, name))
     assert comparison.difference(2) == (0, 0, 0)
     assert "equally well" in verdict(comparison, 2)
+    assert comparison.spans(2) == []
+    assert "C differ most\n\nThey give every piece the same probability.\n" in markdown(comparison)
     first, _, third = comparison.models
     assert first.samples == third.samples
     assert first.history == third.history
@@ -58,20 +71,51 @@ def test_bits_per_byte_counts_what_all_models_scored(tmp_path: Path) -> None:
     """Where one vocabulary has no begin token, the first piece is left out for the other model as well."""
     found = measured(tmp_path, ["byte level", "byte level"], hard="Été là")
     first, second = found.models
-    score = second.scores["hard"]
-    bits = score.bits.bits.copy()
-    bits[:2] = math.nan  # bytes of the same character
-    without = replace(second, scores={"hard": replace(score, bits=TokenBits(score.bits.ends, bits))})
+    score = unscored(second.scores["hard"], 2)  # bytes of the same character
+    without = replace(second, scores={"hard": score})
     values = replace(found, models=(first, without)).domains["hard"]
-    rest = np.nansum(bits) / len("té là".encode())
+    rest = np.nansum(score.bits.bits) / len("té là".encode())
     assert values == pytest.approx([rest, rest])
     assert values != pytest.approx(found.domains["hard"])
 
 
-def test_a_loss_is_marked_where_vocabularies_differ(tmp_path: Path, comparison: Comparison) -> None:
-    other = measured(tmp_path, ["byte level", "sentencepiece"])
-    assert "cannot be compared" in rows(other)["Loss"].note
-    assert "cannot be compared" not in rows(comparison)["Loss"].note
+def test_a_difference_is_that_of_the_figures_above_it(tmp_path: Path) -> None:
+    """Also where only a third model leaves characters out."""
+    found = measured(tmp_path, ["byte level", "sentencepiece", "padded GGUF"])
+    assert found.difference(1).value == pytest.approx(found.bits_per_byte[1] - found.bits_per_byte[0])
+    without = {name: unscored(score, 3) for name, score in found.models[2].scores.items()}
+    third = replace(found, models=(*found.models[:2], replace(found.models[2], scores=without)))
+    assert third.bits_per_byte[0] != found.bits_per_byte[0]
+    for other in (1, 2):
+        assert third.difference(other).value == pytest.approx(third.bits_per_byte[other] - third.bits_per_byte[0])
+
+
+def test_nothing_that_all_scored_and_too_little_for_an_interval(tmp_path: Path) -> None:
+    found = measured(tmp_path, ["byte level", "sentencepiece"], plain="The cat")
+    assert re.match("[AB] predicts these texts better .* too short to rule out chance", verdict(found, 1))
+    score = found.models[1].scores["plain"]
+    scores = {"plain": replace(score, bits=TokenBits(np.full_like(score.bits.ends, 7), score.bits.bits * math.nan))}
+    nothing = replace(found, models=(found.models[0], replace(found.models[1], scores=scores)))
+    assert "cannot be compared" in verdict(nothing, 1)
+    told = rows(nothing)
+    assert told["Bits per byte"].cells == ("nothing scored",) * 2
+    assert told["Difference from A"].cells == ("", "nothing scored")
+    assert nothing.spans(1) == []
+    for write in (page, markdown):
+        assert "cannot be compared" in write(nothing)
+        assert "nan" not in write(nothing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warned"),
+    [("sentencepiece", True), ("normalizing", True), ("byte level of a GGUF", False), ("padded GGUF", False)],
+)
+def test_a_loss_is_marked_where_tokens_differ(tmp_path: Path, kind: str, warned: bool) -> None:
+    """Not where the vocabularies' sizes do: two of one size cut differently, and a padded one cuts alike."""
+    found = measured(tmp_path, ["byte level", kind])
+    assert found.as_dict()["same_tokens"] is not warned
+    for label in ("Loss", "Perplexity"):
+        assert ("cannot be compared" in rows(found)[label].note) is warned
 
 
 def test_samples_are_what_generate_gives(comparison: Comparison, folder: Path) -> None:
@@ -107,30 +151,7 @@ def test_what_a_run_tells_ends_where_the_checkpoint_was_written(comparison: Comp
     told = rows(comparison)
     assert told["Trained on"].cells[:2] == ("51,200 tokens", "not known")
     assert told["Training time"].cells[:2] == ("3 min", "not known")
-    assert told["Last loss of its run"].cells[:2] == ("4.000", "not known")
-
-
-def test_a_log_beside_the_weights_tells_all_it_has(folder: Path, tmp_path: Path) -> None:
-    shutil.copy(folder / "run" / "metrics.jsonl", tmp_path)
-    history = read_history(tmp_path)
-    assert history is not None
-    assert (history.step, history.tokens, history.seconds, history.validation_loss) == (200, 102_400, 400.0, 3.0)
-    lines = [json.dumps({"step": i, "loss": 5.0 + i % 2, "tokens": i}) for i in range(1, 1001)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    history = read_history(tmp_path)
-    assert history is not None
-    assert len(history.training) <= POINTS
-    assert np.mean([loss for _, loss in history.training]) == pytest.approx(5.5)
-    assert (history.seconds, history.validation_loss) == (None, None)
-    assert read_history(None) is None
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", '{"progress": {"step": "x"}}', '{"progress": 3}', "[" * 100_000])
-def test_a_damaged_counter_is_named(tmp_path: Path, damage: str) -> None:
-    (tmp_path / "training").mkdir()
-    (tmp_path / "training" / "state.json").write_text(damage)
-    with pytest.raises(LoadstoneError, match=r"state\.json.*cannot be read.*Move it away"):
-        read_history(tmp_path)
+    assert told["Validation loss"].cells[:2] == ("4.000", "not known")
 
 
 def test_names() -> None:
@@ -141,6 +162,7 @@ def test_names() -> None:
     assert _names(["/a/run", "/a/run", "m"]) == ["run", "run (2)", "m"]
     assert _names(["best", "best"]) == ["best", "best (2)"]
     assert _names(["x/run", "run"]) == ["x/run", "run"]
+    assert _names(["run", "run/"]) == ["run", "run (2)"]
 
 
 def test_words_for_values() -> None:
@@ -153,6 +175,7 @@ def test_words_for_values() -> None:
         "2 d 7 h",
     ]
     assert [amount(n) for n in (777, 777_000, 14_336_000, 2e12)] == ["777", "777,000", "14.3 million", "2 trillion"]
+    assert [amount(n) for n in (999_499_999, 999_600_000)] == ["999 million", "1 billion"]
     assert [signed(x) for x in (0.0354, -0.0354, -0.0001)] == ["+0.035", "−0.035", "0.000"]
 
 
@@ -181,6 +204,18 @@ def test_own_texts(tmp_path: Path) -> None:
 
 
 # -- the command
+
+
+def test_a_tokenizer_that_changes_a_text_is_told(tmp_path: Path) -> None:
+    found = measured(tmp_path, ["byte level", "normalizing"], small="ab cd. " * 20, capitals="AB CD. " * 20)
+    assert found.models[0].notes == ()
+    (note,) = found.models[1].notes
+    assert "drops or replaces characters of capitals:" in note
+    ((_, piece), *_) = [item for item in found.spans(1) if item[0] == "capitals"]
+    assert piece[:2] == (0, 140)
+    for write in (page, markdown):  # the strip has it in full, tables do not
+        assert write(found).count("AB CD. " * 20) == (write is page)
+        assert found.texts["capitals"].content[:LONGEST] + " …" in write(found)
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +262,35 @@ def test_json_and_markdown_go_to_standard_output(
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.html"]
 
 
-def test_mistakes_are_told_before_anything_is_measured(run: Run, quick: list[str], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(run: Run, quick: list[str]) -> None:
+    """In /proc nobody can make a file, not even root."""
+    status, out, err = run("compare", *quick, "-o", "/proc/report.html", "--device", "nonsense")
+    assert (status, out) == (2, "")
+    assert "/proc/report.html: it cannot be written" in err
+
+
+def test_what_was_assumed_and_what_is_odd_is_told(run: Run, quick: list[str], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "other", tmp_path / "bare")
+    for name in ("config.json", "loadstone.json"):
+        (tmp_path / "bare" / name).unlink(missing_ok=True)
+    (tmp_path / "dos.txt").write_bytes(b"One line\r\nand another\r\n")
+    arguments = [quick[1], tmp_path / "bare", "--text", f"dos={tmp_path}/dos.txt", *quick[4:], "--json"]
+    status, out, err = run("compare", *arguments, "-o", tmp_path / "report.html")
+    told = json.loads(out)
+    assert status == 0
+    assert told["models"][0]["notes"] == []
+    assert any(note.startswith("assumed: n_heads = ") for note in told["models"][1]["notes"])
+    assert "note: bare: assumed: n_heads = " in err
+    assert "note: dos.txt: 2 Windows line ends" in err
+    written = (tmp_path / "report.html").read_text()
+    assert "bare; assumed: n_heads = " in written
+    assert "dos.txt; 2 Windows line ends" in written
+
+
+def test_mistakes_are_told_before_anything_is_measured(
+    run: Run, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadstone.compare.comparison.measure", lambda *_: pytest.fail("it was measured"))
     page = tmp_path / "report.html"
     bare = saved(tmp_path / "bare")
     for path in (*bare.glob("*.txt"), *bare.glob("*token*"), *bare.glob("vocab*")):
@@ -235,12 +298,20 @@ def test_mistakes_are_told_before_anything_is_measured(run: Run, quick: list[str
     for arguments, problem in (
         ([quick[0], "-o", page], "at least two models"),
         ([*quick, "-o", tmp_path / "no" / "a.html"], "there is no folder"),
-        ([*quick, "-o", tmp_path, "--force"], "it is there already"),
+        ([*quick, "-o", tmp_path], f"it is a folder. Name a file in it: -o {tmp_path / 'comparison.html'}"),
+        ([*quick, "-o", tmp_path, "--force"], "it is a folder"),
+        ([*quick, "-o", tmp_path / ("x" * 500)], "it cannot be written: File name too long"),
+        ([*quick, "-o", "/dev/null", "--force"], "it is there already"),
         ([*quick, "-o", page, "--seeds", "a"], "expected whole numbers"),
+        ([*quick, "-o", page, "--seeds", "-1"], "none below 0"),
+        ([*quick, "-o", page, "--temperature", "-1"], "temperature must be 0 or more"),
+        ([*quick, "-o", page, "--top-k", "0"], "top_k must be 1 or more"),
+        ([*quick, "-o", page, "--prompt", ""], "a prompt is empty"),
         ([*quick, "-o", page, "-n", "0"], "at least one prompt, one seed and one new token"),
         ([*quick, "-o", page, "--json", "--markdown"], "choose one"),
         ([quick[0], bare, "-o", page], "no tokenizer lies beside the weights"),
         ([quick[0], tmp_path / "nowhere", "-o", page], "nowhere"),
+        ([quick[0], "x" * 5000, "-o", page], "there is no such file or folder"),
         ([*quick, "-o", page, "--device", "nonsense"], "cannot be used here"),
     ):
         status, out, err = run("compare", *arguments)

@@ -135,6 +135,23 @@ def test_curves_run_from_left_to_right_and_down() -> None:
     assert letters[1][1] - letters[0][1] >= 14  # one below the other where they would overlap
 
 
+@pytest.mark.parametrize(
+    ("least", "most"), [(20_480, 20_480_000), (20_480, 30_000), (512, 8e6), (4096, 1e10), (7.2e4, 7.3e4)]
+)
+@pytest.mark.parametrize(("low", "high"), [(2, 9), (2, 3e5), (4, 1e30), (3.001, 3.002), (4, 4)])
+def test_the_axes_have_round_figures_whatever_the_run(least: float, most: float, low: float, high: float) -> None:
+    markup = curves("t", [Curve(0, "a", ((least, high), (most, low)), ())])
+    assert not re.search(r'"-?(nan|inf)', markup)
+    ticks = [(a["x"], a["class"], words) for a, words in Document(markup).all("text") if "tick" in a["class"]]
+    across = [(float(x.rstrip("%")), style, words) for x, style, words in ticks if x.endswith("%")]
+    assert 2 <= len(across) <= 5
+    assert 2 <= len(ticks) - len(across) <= 8
+    assert len({words for _, _, words in ticks}) == len(ticks)
+    for x, style, _ in across:
+        assert style == ("tick" if x < 8 else "tick end" if x > 92 else "tick middle")
+    assert all(after - before > 14 for (before, *_), (after, *_) in itertools.pairwise(across))
+
+
 def test_the_strip_marks_who_foresaw_a_piece_and_how_much() -> None:
     content = "abcdefg\n"
     bits = [(1, 1.5), (1, 2), (1, 3.5), (9, 1), (float("nan"), 9), (2, 2), (2.9, 2), (1, 5)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,6 +61,7 @@ def compare(
             temperature=temperature, top_k=top_k, dtype=options.dtype, device=options.device, open_source=options.open,
             progress=progress,
         )  # fmt: skip
+    _print_notes(found)
     if path is not None:
         _write(path, found)
     if as_json:
@@ -73,10 +76,18 @@ def compare(
 
 def _may_write(path: Path, force: bool) -> None:
     """Find out before anything is measured."""
-    if path.exists() and not (force and path.is_file()):
-        raise LoadstoneError(f"{path}: it is there already. Replace it with --force, or choose a new name.")
-    if not path.parent.is_dir():
-        raise LoadstoneError(f"{path}: there is no folder {path.parent}. Make it first.")
+    try:
+        if path.is_dir():
+            raise LoadstoneError(f"{path}: it is a folder. Name a file in it: -o {path / PAGE}.")
+        if path.exists() and not (force and path.is_file()):
+            raise LoadstoneError(f"{path}: it is there already. Replace it with --force, or choose a new name.")
+        if not path.parent.is_dir():
+            raise LoadstoneError(f"{path}: there is no folder {path.parent}. Make it first.")
+        with TemporaryFile(dir=path.parent):  # permissions alone do not tell: the disk may be full or read-only
+            pass
+    except OSError as error:
+        problem = f"{path}: it cannot be written: {error.strerror}. Choose a place where you may write."
+        raise LoadstoneError(problem) from None
 
 
 def _write(path: Path, found: Comparison) -> None:
@@ -86,6 +97,15 @@ def _write(path: Path, found: Comparison) -> None:
     content = page(found).encode()
     with atomic_file(path, need=len(content)) as temporary:
         temporary.write_bytes(content)
+
+
+def _print_notes(found: Comparison) -> None:
+    for source, notes in (
+        *((model.name, model.notes) for model in found.models),
+        *((text.source, text.notes) for text in found.texts.values()),
+    ):
+        for note in notes:
+            print(visible(f"note: {source}: {note}"), file=sys.stderr)
 
 
 def _print_summary(found: Comparison, path: Path | None) -> None:
@@ -100,6 +120,9 @@ def _print_summary(found: Comparison, path: Path | None) -> None:
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise LoadstoneError(f"--seeds {text}: expected whole numbers, for example --seeds 0,1,2.") from None
+        found = []
+    if not found or min(found) < 0:
+        raise LoadstoneError(f"--seeds {text}: expected whole numbers, none below 0, for example --seeds 0,1,2.")
+    return found

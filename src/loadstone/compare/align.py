@@ -25,10 +25,12 @@ class TokenBits:
     Attributes:
         ends: [T] how many characters of the text are told after each token; never falls, the last is the whole text.
         bits: [T] -log2 of each token's probability; NaN for a first token that nothing comes before.
+        whole: whether the tokens spell the text. If not, nobody knows where they lie in it, and each ends with it.
     """
 
     ends: NDArray[np.int64]
     bits: Bits
+    whole: bool = True
 
 
 class Piece(NamedTuple):
@@ -63,7 +65,7 @@ def token_bits(text: str, tokens: Sequence[bytes], nats: Bits) -> TokenBits:
         byte_ends = np.maximum(np.cumsum([len(token) for token in tokens]) - added, 0)
         ends = np.concatenate([[0], character + 1])[byte_ends]
     unscored = np.full(len(tokens) - len(nats), np.nan)
-    return TokenBits(ends, np.concatenate([unscored, nats / math.log(2)]))
+    return TokenBits(ends, np.concatenate([unscored, nats / math.log(2)]), added is not None)
 
 
 def pieces(models: Sequence[TokenBits]) -> list[Piece]:

@@ -19,6 +19,7 @@ COLOURS = 6  # classes m0 to m5 of the page
 _BAR, _GAP, _HEAD = 20, 14, 20  # pixels: a bar with its space, between groups, a group's name
 _WIDEST = 78  # per cent: the rest is for the figure behind the bar
 _TOP, _PLOT, _BOTTOM = 10, 260, 26  # pixels of a chart of curves
+_NEAR = 8  # per cent: a figure so near to an edge would stick out of the page if it were centred
 
 
 def mark(index: int) -> str:
@@ -110,16 +111,28 @@ class _Axes:
     def grid(self) -> list[Html]:
         """Lines and figures of both axes."""
         found: list[Html] = []
-        step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 100, math.inf) if (self.high - self.low) / s <= 7)
+        size = 10.0 ** math.floor(math.log10((self.high - self.low) / 7))
+        step = next(size * n for n in (2, 5, 10) if (self.high - self.low) / (size * n) <= 7)
         for count in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
             y = f"{self.pixel(count * step):.1f}"
             found.append(tag("line", x1="0", x2="100%", y1=y, y2=y, class_="grid"))
             found.append(tag("text", f"{count * step:g}", x="2", y=y, dy="-3", class_="tick"))
-        for power in range(math.ceil(math.log10(self.left)), math.floor(math.log10(self.right)) + 1):
-            x = f"{self.x(10.0**power):.2f}%"
-            found.append(tag("line", x1=x, x2=x, y1=_TOP, y2=_TOP + _PLOT, class_="grid"))
-            found.append(tag("text", amount(10.0**power), x=x, y=_TOP + _PLOT + 18, class_="tick middle"))
+        for tokens in self._round_tokens():
+            x = self.x(tokens)
+            place = "tick" if x < _NEAR else "tick end" if x > 100 - _NEAR else "tick middle"
+            found.append(tag("line", x1=f"{x:.2f}%", x2=f"{x:.2f}%", y1=_TOP, y2=_TOP + _PLOT, class_="grid"))
+            found.append(tag("text", amount(tokens), x=f"{x:.2f}%", y=_TOP + _PLOT + 18, class_=place))
         return found
+
+    def _round_tokens(self) -> list[float]:
+        """Powers of ten, and where there are fewer than two, numbers between them: two to five that fit on a phone."""
+        powers = range(math.floor(math.log10(self.left)), math.floor(math.log10(self.right)) + 1)
+        found: list[float] = []
+        for factors in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
+            found = [n * 10.0**power for power in powers for n in factors if self.left <= n * 10.0**power <= self.right]
+            if len(found) > 1:
+                break
+        return found[:: 1 + len(found) // 6]
 
 
 def _end_labels(axes: _Axes, found: Sequence[Curve]) -> list[Html]:

@@ -19,6 +19,7 @@ from ..errors import LoadstoneError
 from ..evaluate.intervals import interval_of_mean
 from ..evaluate.perplexity import Text
 from ..load import load_tokenizer_for, require_device
+from ..sampling import Sampling
 from ..weightmap import Identity
 from .align import Piece, pieces, ranked, scored_by_all
 from .history import read_history, weights_of
@@ -61,14 +62,29 @@ class Comparison:
         """Of each model, over all texts."""
         return self._bits_per_byte(list(self.texts))
 
+    @cached_property
+    def same_tokens(self) -> bool:
+        """Whether all models score the same tokens of these texts, so that their losses per token can be compared."""
+        first, *others = self.models
+        return all(
+            first.scores[name].tokens == model.scores[name].tokens
+            and np.array_equal(first.scores[name].bits.ends, model.scores[name].bits.ends)
+            for model in others
+            for name in self.texts
+        )
+
     def _bits_per_byte(self, names: Sequence[str]) -> list[float]:
         bits, size = np.zeros(len(self.models)), 0
         for name in names:
-            for piece in scored_by_all(pieces([model.scores[name].bits for model in self.models])):
+            for piece in self._scored_by_all(name):
                 bits += piece.bits
                 size += self._bytes(name, piece)
         values: list[float] = (bits / size).tolist() if size else [float("nan")] * len(self.models)
         return values
+
+    def _scored_by_all(self, name: str) -> list[Piece]:
+        """A text in the pieces that all models share."""
+        return scored_by_all(pieces([model.scores[name].bits for model in self.models]))
 
     def _bytes(self, name: str, piece: Piece) -> int:
         return len(self.texts[name].content[piece.begin : piece.end].encode())
@@ -78,19 +94,24 @@ class Comparison:
         return pieces([self.models[index].scores[name].bits for index in (0, other)])
 
     def spans(self, other: int) -> list[tuple[str, Piece]]:
-        """(domain, piece): where the first model and another differ most, over all texts."""
+        """(domain, piece): where the first model and another differ most, over all texts; none where they are equal."""
         found = [(name, piece) for name in self.texts for piece in ranked(self.pieces(other, name), SPANS)]
-        return sorted(found, key=lambda item: -abs(item[1].difference))[:SPANS]
+        different = [(name, piece) for name, piece in found if piece.difference]
+        return sorted(different, key=lambda item: -abs(item[1].difference))[:SPANS]
 
     def difference(self, other: int) -> Difference:
-        """How much worse another model is than the first; below zero: better."""
+        """How much worse another model is than the first; below zero: better. NaN where nothing was scored by all."""
         more, size = [], []
         for name in self.texts:
-            found = scored_by_all(self.pieces(other, name))
+            # The characters that `bits_per_byte` counts, lest the two disagree: an unscored token is a text's first.
+            begin = next((piece.begin for piece in self._scored_by_all(name)), len(self.texts[name].content))
+            found = [piece for piece in self.pieces(other, name) if piece.begin >= begin]
             for start in range(0, len(found), BLOCK):
                 block = found[start : start + BLOCK]
                 more.append(-sum(piece.difference for piece in block))
                 size.append(sum(self._bytes(name, piece) for piece in block))
+        if not size:
+            return Difference(math.nan, None, None)
         return Difference(*interval_of_mean((np.array(more, float), np.array(size, float))))
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,9 +119,15 @@ class Comparison:
             "made": dict(self.made),
             "protocol": asdict(self.protocol),
             "texts": {
-                name: {"source": text.source, "sha256": text.sha256, "characters": len(text.content)}
+                name: {
+                    "source": text.source,
+                    "sha256": text.sha256,
+                    "characters": len(text.content),
+                    "notes": list(text.notes),
+                }
                 for name, text in self.texts.items()
             },
+            "same_tokens": self.same_tokens,
             "models": [self._model(index) for index in range(len(self.models))],
             "against_first": [self._against(index) for index in range(1, len(self.models))],
         }
@@ -174,10 +201,13 @@ def compare(
     """
     if len(sources) < 2:
         raise LoadstoneError("compare needs at least two models: loadstone compare A B -o report.html.")
-    if not (prompts and seeds and max_new_tokens > 0):
-        raise LoadstoneError("compare needs at least one prompt, one seed and one new token for its samples.")
+    if not (texts and prompts and seeds and max_new_tokens > 0):
+        raise LoadstoneError("compare needs at least one text, and at least one prompt, one seed and one new token.")
+    Sampling(temperature, top_k)  # refuses what has no meaning, before anything is measured
     require_device(device)
     candidates = _candidates(sources, open_source)
+    if not all(candidate.tokenizer.encode(prompt) for candidate in candidates for prompt in prompts):
+        raise LoadstoneError("a prompt is empty, and a model needs at least one token to go on from.")
     context = min(candidate.identity.config.context_length for candidate in candidates)
     protocol = Protocol(
         context, max(1, context // 2), tuple(prompts), tuple(seeds), max_new_tokens, temperature, top_k, dtype, device
@@ -202,10 +232,9 @@ def _candidates(sources: Sequence[str], open_source: Callable[[str], Identity]) 
         identity.plan.require_clean(str(identity.checkpoint.path))
         tokenizer = load_tokenizer_for(identity)
         if tokenizer is None:
-            raise LoadstoneError(
-                f"{source}: no tokenizer lies beside the weights, so it cannot read the texts. Put the model's own "
-                "tokenizer files into its folder."
-            )
+            problem = f"{source}: no tokenizer lies beside the weights, so it cannot read the texts."
+            hint = "Put the model's own tokenizer files into its folder."
+            raise LoadstoneError(" ".join([problem, *identity.remarks, hint]))
         found.append(Candidate(name, source, identity, tokenizer, read_history(identity.checkpoint.folder)))
     return found
 
@@ -214,7 +243,7 @@ def _names(sources: Sequence[str]) -> list[str]:
     """The last parts of paths, as many as tell them apart; RUN for RUN/best. A source that comes twice is numbered."""
     whole = [source.rstrip("/").split("/") for source in sources]
     short = [parts[:-1] if parts[-1] in ("best", "latest") and len(parts) > 1 else parts for parts in whole]
-    names = next(names for paths in (short, whole) if len(set(names := _ends(paths))) == len(set(sources)))
+    names = next(names for paths in (short, whole) if len(set(names := _ends(paths))) == len(set(map(tuple, whole))))
     counts = [names[:i].count(name) + 1 for i, name in enumerate(names)]
     return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
 

@@ -14,6 +14,7 @@ from .align import Piece
 from .markup import Html, join, tag
 
 BEFORE, AFTER = 24, 12  # characters of context
+LONGEST = 80  # characters of a piece in a table; a text that a tokenizer changes is one piece
 _RUNS = re.compile(" {2,}")
 LEVELS = (1, 2, 4)  # bits from which on a piece is marked, a little, clearly, strongly
 _SIDES = ("first", "other")
@@ -41,7 +42,12 @@ def in_context(content: str, piece: Piece) -> Html:
         _RUNS.sub(" ", content[begin:end].replace("\n", "↵"))
         for begin, end in ((max(0, piece.begin - BEFORE), piece.begin), piece[:2], (piece.end, piece.end + AFTER))
     )
+    marked = shortened(marked)
     return tag("span", before, tag("span", marked, class_=_style(piece.difference) or None), after, class_="context")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 def _told(piece: Piece, letters: tuple[str, str]) -> str:

@@ -39,25 +39,26 @@ class History:
 
 def weights_of(source: str) -> str:
     """A run's folder stands for its best checkpoint, or its latest; every other source for itself."""
-    folder = Path(source)
-    if (folder / METRICS).is_file():
-        for name in ("best", "latest"):
-            if (folder / name).exists():
-                return str(folder / name)
-    return source
+    try:
+        folder = Path(source).expanduser()
+        checkpoints = [folder / name for name in ("best", "latest")] if (folder / METRICS).is_file() else []
+        return next((str(checkpoint) for checkpoint in checkpoints if checkpoint.exists()), source)
+    except (OSError, RuntimeError):  # too long for a path, in a locked folder, ~ of nobody
+        return source
 
 
 def read_history(folder: Path | None) -> History | None:
-    """Of a checkpoint in this folder: from `training/state.json` in it, and the metrics there or in the run above it.
+    """Of a checkpoint in this folder: from the metrics in it, or, if it has `training/state.json`, in the run above it.
 
     None if it belongs to no run. Raises FormatError for a damaged file.
     """
     if folder is None:
         return None
     folder = folder.resolve()  # RUN/best is a link to RUN/checkpoints/step-N
-    places = (folder, folder.parent, folder.parent.parent)
-    home = next((place for place in places if (place / METRICS).is_file()), None)
     progress = _progress(folder / "training" / "state.json")
+    # Without counters it is no checkpoint of the run above it: somebody put another model into the run's folder.
+    places = (folder, folder.parent, folder.parent.parent) if progress else (folder,)
+    home = next((place for place in places if (place / METRICS).is_file()), None)
     if home is None:
         return _history(folder.name, progress, (), (), ()) if progress else None
     run = read_run(home)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..checkpoint.wording import visible
 from .comparison import Comparison
-from .heat import times
-from .tables import Row, domain_rows, figures, letter, verdict
+from .heat import shortened, times
+from .tables import Row, choice, domain_rows, figures, letter, verdict
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")  # what could be markup, HTML included
 
@@ -32,10 +32,11 @@ def _lines(found: Comparison) -> Iterator[str]:
     for other in range(1, len(found.models)):
         yield f"\n## Where {letter(0)} and {letter(other)} differ most\n"
         heads = ["piece", "text", f"bits of {letter(0)}", f"bits of {letter(other)}", "more likely for"]
-        yield from _table(heads, _spans(found, other))
+        spans = list(_spans(found, other))
+        yield from _table(heads, spans) if spans else ["They give every piece the same probability."]
     rule, made = found.protocol, found.made
     yield (
-        f"\nContext {rule.context}, stride {rule.stride}, temperature {rule.temperature:g}, top-k {rule.top_k}. "
+        f"\nContext {rule.context}, stride {rule.stride}, {choice(rule)}. "
         f"{plain(made['date'])}, {plain(made['program'])}, {plain(made['machine'])}."
     )
 
@@ -72,5 +73,5 @@ def _samples(found: Comparison) -> Iterator[list[str]]:
 def _spans(found: Comparison, other: int) -> Iterator[list[str]]:
     for name, piece in found.spans(other):
         better = letter(other) if piece.difference > 0 else letter(0)
-        said = plain(found.texts[name].content[piece.begin : piece.end])
+        said = plain(shortened(found.texts[name].content[piece.begin : piece.end]))
         yield [said, plain(name), *(f"{bits:.1f}" for bits in piece.bits), f"{better}, {times(piece.difference)}×"]

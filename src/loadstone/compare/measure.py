@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -89,6 +89,7 @@ class Measured:
         parameters: distinct ones; untied_parameters: if a tied head were a copy of the embedding.
         file_bytes: of the weights' files; weight_bytes: of the parameters in memory, in `dtype`.
         reading_speed: of texts in a batch; writing_speed: of one text, token after token.
+        notes: what was only assumed of the model, and what else a reader of its figures should know.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Measured:
     samples: tuple[Sample, ...]
     reading_speed: float
     writing_speed: float
+    notes: tuple[str, ...]
 
 
 def steps(protocol: Protocol) -> int:
@@ -142,7 +144,18 @@ def measure(candidate: Candidate, texts: Mapping[str, Text], protocol: Protocol,
         scores,
         samples,
         *speeds,
+        tuple(_notes(identity, scores)),
     )
+
+
+def _notes(identity: Identity, scores: Mapping[str, TextScore]) -> Iterator[str]:
+    yield from (f"assumed: {line}" for line in identity.assumed)
+    yield from identity.remarks
+    if changed := [name for name, score in scores.items() if not score.bits.whole]:
+        yield (
+            f"its tokenizer drops or replaces characters of {', '.join(changed)}: its bits per byte there are not "
+            "those of the whole text"
+        )
 
 
 def _architecture(identity: Identity) -> str:

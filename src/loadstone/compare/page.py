@@ -9,7 +9,7 @@ from .charts import Curve, bars, curves, mark
 from .comparison import Comparison
 from .heat import in_context, legend, strip, times
 from .markup import Html, join, tag
-from .tables import Group, Row, domain_rows, figures, letter, verdict
+from .tables import Group, Row, choice, domain_rows, figures, letter, verdict
 
 # Nothing may be fetched or run, even if a model's text got through the escaping.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -103,8 +103,8 @@ def _domains(found: Comparison) -> Html:
 def _samples(found: Comparison) -> Html:
     rule = found.protocol
     how = (
-        f"Every model continues the same prompts from the same random seeds: temperature {rule.temperature:g}, "
-        f"{'no top-k' if rule.top_k is None else f'top-k {rule.top_k}'}, at most {rule.max_new_tokens} tokens."
+        f"Every model continues the same prompts from the same random seeds: {choice(rule)}, at most "
+        f"{rule.max_new_tokens} tokens."
     )
     return _section("samples", "Same prompt, same seed", tag("p", how), *_prompts(found))
 
@@ -161,7 +161,8 @@ def _listed(names: Sequence[str]) -> str:
 def _differences(found: Comparison) -> Html:
     how = (
         "Each text, cut where the tokens of both models end. A bit of difference means that one model held this piece "
-        "for twice as likely as the other, given all that comes before it. Point at a marked piece to see its bits."
+        "for twice as likely as the other, given all that comes before it. A text that a tokenizer changes is one "
+        "piece. Point at a marked piece to see its bits."
     )
     parts = [part for other in range(1, len(found.models)) for part in _pair(found, other)]
     return _section("differences", "Where they differ, token by token", tag("p", how), *parts)
@@ -179,7 +180,6 @@ def _pair(found: Comparison, other: int) -> Iterator[Html]:
             tag("td", name),
         )
         for name, piece in found.spans(other)
-        if piece.difference
     ]
     if rows:
         heads = ["Piece", "More likely for", f"Bits of {letters[0]}", f"Bits of {letters[1]}", "Text"]
@@ -208,11 +208,12 @@ def _protocol(found: Comparison) -> Html:
         "Computed in": f"{', '.join(dict.fromkeys(model.dtype for model in found.models))} on {rule.device}",
         "Made": f"{found.made['date']} by {found.made['program']} on {found.made['machine']}",
     }
-    facts |= {f"Model {letter(i)}": model.source for i, model in enumerate(found.models)}
+    for index, model in enumerate(found.models):
+        facts[f"Model {letter(index)}"] = "; ".join([model.source, *model.notes])
     pairs = [part for name, fact in facts.items() for part in (tag("dt", name), tag("dd", fact))]
     rows = [
-        tag("tr", tag("th", name, scope="row"), tag("td", text.source), tag("td", f"{len(text.content):,}"),
-            tag("td", tag("code", text.sha256[:16])))
+        tag("tr", tag("th", name, scope="row"), tag("td", "; ".join([text.source, *text.notes])),
+            tag("td", f"{len(text.content):,}"), tag("td", tag("code", text.sha256[:16])))
         for name, text in found.texts.items()
     ]  # fmt: skip
     heads = ["Text", "Source", "Characters", "SHA-256 begins"]

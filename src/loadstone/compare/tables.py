@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.wording import size_text
 from .comparison import NGRAMS, Comparison, Difference, loss_of, perplexity
-from .measure import Measured
+from .measure import Measured, Protocol
 from .repetition import REPEATED, distinct, repetition
 
 UNKNOWN = "not known"
@@ -74,17 +74,16 @@ def _training_rows(found: Comparison) -> Iterator[Row]:
     histories = [model.history for model in found.models]
     yield Row("Trained on", tuple(_known(h and h.tokens, lambda n: f"{amount(n)} tokens") for h in histories))
     yield Row("Training time", tuple(_known(h and h.seconds, duration) for h in histories))
-    note = "on its own validation data, so it cannot be compared"
-    yield Row("Last loss of its run", tuple(_known(h and h.validation_loss, "{:.3f}".format) for h in histories), note)
+    note = "the last one before this checkpoint, on its own run's data, so it cannot be compared"
+    yield Row("Validation loss", tuple(_known(h and h.validation_loss, "{:.3f}".format) for h in histories), note)
 
 
 def _prediction_rows(found: Comparison) -> Iterator[Row]:
     losses = [loss_of(model) for model in found.models]
-    alone = "nats per token of its own vocabulary"
-    if len({model.vocabulary for model in found.models}) > 1:
-        alone += "; the vocabularies differ, so this cannot be compared"
-    yield Row("Loss", tuple(f"{loss:.3f}" for loss in losses), alone)
-    yield Row("Perplexity", tuple(_large(perplexity(loss)) for loss in losses), "per token: e to the power of the loss")
+    warning = "" if found.same_tokens else "; the models' tokens differ, so this cannot be compared"
+    alone, power = "nats per token of its own vocabulary", "per token: e to the power of the loss"
+    yield Row("Loss", tuple(f"{loss:.3f}" for loss in losses), alone + warning)
+    yield Row("Perplexity", tuple(_large(perplexity(loss)) for loss in losses), power + warning)
     best = _lowest(found.bits_per_byte, bits)
     yield Row("Bits per byte", tuple(map(bits, found.bits_per_byte)), "for any tokenizer; lower is better", best)
     others = [interval(found.difference(index)) for index in range(1, len(found.models))]
@@ -147,10 +146,16 @@ def _large(value: float) -> str:
 
 def amount(value: float) -> str:
     """14.3 million."""
+    rounded = float(f"{value:.3g}")  # first, as 999.9 million is 1 billion
     for size, unit in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
+        if rounded >= size:
+            return f"{rounded / size:.3g} {unit}"
     return f"{value:,.0f}"
+
+
+def choice(rule: Protocol) -> str:
+    """How the tokens of the samples are chosen."""
+    return f"temperature {rule.temperature:g}, {'no top-k' if rule.top_k is None else f'top-k {rule.top_k}'}"
 
 
 def duration(seconds: float) -> str:
@@ -165,6 +170,8 @@ def duration(seconds: float) -> str:
 
 
 def interval(found: Difference) -> str:
+    if math.isnan(found.value):
+        return bits(found.value)
     if found.low is None or found.high is None:
         return f"{signed(found.value)} (too short a text for an interval)"
     return f"{signed(found.value)} ({signed(found.low)} to {signed(found.high)})"
@@ -180,11 +187,15 @@ def verdict(found: Comparison, other: int) -> str:
     """One sentence: which of two models predicts the texts better, and whether that is more than chance."""
     first, second = letter(0), letter(other)
     difference = found.difference(other)
+    if math.isnan(difference.value):
+        return f"{first} and {second} cannot be compared: in none of these texts are there characters that all scored."
     better, worse = (first, second) if difference.value > 0 else (second, first)
     values = {name: bits(found.bits_per_byte[index]) for name, index in ((first, 0), (second, other))}
     if float(f"{difference.value:.3f}") == 0:
         return f"{first} and {second} predict these texts equally well: {values[first]} bits per byte."
     figure = f"{values[better]} bits per byte against {values[worse]}"
-    if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
+    if difference.low is None or difference.high is None:
+        return f"{better} predicts these texts better than {worse} ({figure}); they are too short to rule out chance."
+    if difference.low <= 0 <= difference.high:
         return f"{better} predicts these texts a little better than {worse} ({figure}), but no more than chance allows."
     return f"{better} predicts these texts better than {worse}: {figure}, where less is better."
