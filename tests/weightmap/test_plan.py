@@ -78,6 +78,13 @@ def test_optimizer_slots_of_tensorflow_are_set_aside() -> None:
     assert plan_of(tensors | {"model/h0/attn/c_attn/w/Adam_7": np.zeros(1)}).unused == ["model/h0/attn/c_attn/w/Adam_7"]
 
 
+def test_a_classifier_is_called_one() -> None:
+    plan = plan_of(GPT2 | {"score.weight": np.zeros((2, 32), np.float32)})
+    assert plan.unused == ["score.weight"]
+    with pytest.raises(PlanError, match=r"last layer of a classifier: `loadstone classify` runs it"):
+        plan.require_clean("somewhere")
+
+
 def test_a_typo_is_one_missing_and_one_unused_with_a_hint() -> None:
     broken = {name.replace("h.1.mlp.c_fc.bias", "h.1.mlp.c_fx.bias"): value for name, value in GPT2.items()}
     plan = plan_of(broken)

@@ -108,7 +108,7 @@ class LoadPlan:
         if self.missing:
             found.append(f"missing {len(self.missing)}: {few([self._missing(target) for target in self.missing])}")
         if self.unused:
-            found.append(f"unused {len(self.unused)}: {few(self.unused)}")
+            found.append(f"unused {len(self.unused)}: {few(self.unused)}{self._classifier_hint()}")
         return found
 
     def require_clean(self, where: str) -> None:
@@ -125,6 +125,14 @@ class LoadPlan:
         source = self.missing[target]
         near = get_close_matches(source, self.unused, n=1, cutoff=0.85)
         return source + (f" (is {near[0]} a misspelling of it?)" if near else "")
+
+    def _classifier_hint(self) -> str:
+        if self.unused != ["score.weight"]:
+            return ""
+        return (
+            " (the last layer of a classifier: `loadstone classify` runs it, and --ignore score.weight takes the "
+            "language model below it)"
+        )
 
     def _transposed_hint(self) -> str:
         turned = [m for m in self.mismatched if m.found == m.expected[::-1] and m.found != m.expected]
