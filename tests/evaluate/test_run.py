@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from conftest import Run
 from extendable import KNOWN, gpt2_like, hostile
+from loadstone.cli.eval import TASKS as NAMED
 from loadstone.config import PRESETS, GPTConfig
 from loadstone.errors import FormatError, LoadstoneError
 from loadstone.evaluate import run as module
@@ -147,16 +149,25 @@ def test_the_same_weights_have_the_same_hash_and_others_not() -> None:
     assert model_hash(model) != model_hash(hostile(KNOWN))
 
 
+FOUR = '{"item": 1, "logprobs": [[%s, -1, -1, -1]], "greedy": ["1111"]}\n'
+
+
 @pytest.mark.parametrize(
-    "damage", ["[1]\n", '{"item": "x"}\n', '{"item": 1, "logprobs": [[1]], "greedy": []}\n', "\xff\n"]
-)
+    "damage",
+    ["[1]\n", '{"item": "x"}\n', '{"item": 1, "logprobs": [[1]], "greedy": []}\n', "\xff\n", "\0" * 9 + "\n",
+     FOUR % "NaN", FOUR % "-Infinity", FOUR % ("9" * 400), FOUR % "-1, -1", FOUR.replace("1111", "1") % "-1",
+     FOUR.replace(": 1", ": 999", 1) % "-1", '{"item": 1, "logprobs": [], "greedy": []}\n'],
+)  # fmt: skip
 def test_a_damaged_store_is_an_error_and_no_figure(text: Path, pairs: Path, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "out"
-    results(text, pairs, out)
+    results(text, pairs, out, stride=4)
     file = next(out.glob("text*"))
-    file.write_text(file.read_text() + damage, encoding="latin-1")
+    kept = file.read_text()
+    file.write_text(kept + FOUR % "-1")
+    results(text, pairs, out, stride=4)
+    file.write_text(kept + damage, encoding="latin-1")
     with pytest.raises(FormatError, match=r"line \d+ is not what an evaluation writes.*Remove the file"):
-        results(text, pairs, out)
+        results(text, pairs, out, stride=4)
 
 
 def test_a_folder_that_cannot_be_written(text: Path, pairs: Path, tmp_path: Path) -> None:
@@ -208,14 +219,21 @@ def test_figures(name: str, value: float | None, shown: str) -> None:
     assert figure(name, value) == shown
 
 
+def test_a_hostile_file_name_cannot_steer_the_terminal(text: Path, pairs: Path) -> None:
+    (shown, *_) = lines(replace(results(text, pairs)[0], task="\x1b[2Jmine\udce9.txt"))
+    assert shown.startswith(r"\x1b[2Jmine\udce9.txt: ")
+
+
 # -- where data are
 
 
 def test_given_data_must_be_a_tasks() -> None:
     assert given_data(["ptb=a=b"], ["ptb"]) == {"ptb": "a=b"}
-    for wrong in ("ptb", "pdb=a"):
+    for wrong in ("ptb", "pdb=a", "ptb="):
         with pytest.raises(LoadstoneError, match=f"--data {wrong}: expected NAME=PATH"):
             given_data([wrong], ["ptb"])
+    with pytest.raises(LoadstoneError, match="--data ptb=b: expected NAME=PATH, once"):
+        given_data(["ptb=a", "ptb=b"], ["ptb"])
 
 
 def test_the_shared_folder_is_named_or_beside_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,6 +279,7 @@ def test_the_command_prints_a_table_and_json_with_the_same_figures(
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--task", "blimp", "--data", "piqa=x"), "--data piqa=x: expected"),
         (("--task", "blimp", "--context", "1000"), "--context 1000"),
+        (("--text", "mine.txt", "--data", "mine.txt=x"), "one of the tasks that are run: none"),
     ],
 )
 def test_mistakes_are_one_paragraph(run: Run, folder: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -268,3 +287,7 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, arguments: tuple[str
     assert (status, output) == (2, "")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_the_help_names_every_task() -> None:
+    assert NAMED.split(", ") == list(TASKS)

@@ -66,6 +66,19 @@ def test_some_targets_are_the_likeliest_and_some_not() -> None:
     assert not found.greedy[6]
 
 
+def test_of_equal_logits_the_lowest_id_is_the_likeliest() -> None:
+    model = small_gpt()
+    best = int(model(torch.tensor([[1, 2, 3]]))[0, -1].argmax())
+    other = 0 if best else 60
+    with torch.no_grad():
+        model.tok_emb.weight[other] = model.tok_emb.weight[best]
+        if model.head is not None:
+            model.head.weight[other] = model.head.weight[best]
+    found = all_scores(model, [Request([1, 2, 3, best], 1), Request([1, 2, 3, other], 1)])
+    assert [bool(each.greedy[0]) for each in found] == [best < other, other < best]
+    assert found[0].logprobs == found[1].logprobs
+
+
 def test_bfloat16_is_near_float32_and_the_model_is_left_as_it_was() -> None:
     model = small_gpt(layers=2).train()
     model.set_dropout(0.5)
@@ -80,13 +93,13 @@ def test_bfloat16_is_near_float32_and_the_model_is_left_as_it_was() -> None:
 
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    original = torch.Tensor.logsumexp
+    original = torch.Tensor.amax
 
     def spy(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         rows.append(len(self))
         return original(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
+    monkeypatch.setattr(torch.Tensor, "amax", spy)
     monkeypatch.setattr(losses, "CHUNK", 61 * 4)
     asked = requests()
     all_scores(small_gpt(layers=1), asked)
@@ -114,6 +127,8 @@ def test_batches_hold_every_row_once_and_stay_within_bounds(lengths: list[int], 
         (Request([1, 2], 0), "0 of 2"),
         (Request([1] * 26, 1), "26 tokens, and the model's context is 24"),
         (Request([1, 61], 1), "token 61 .* 61 rows"),
+        (Request([61, 1], 1), "token 61 .* 61 rows"),
+        (Request([1, -1], 1), "token -1 .* 61 rows"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(request_: Request, message: str) -> None:

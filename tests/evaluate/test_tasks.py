@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,16 @@ import pytest
 import torch
 
 from extendable import KNOWN, gpt2_like, hostile
-from loadstone.errors import FormatError, LoadstoneError, SourceError
+from loadstone.errors import LoadstoneError
 from loadstone.evaluate.run import TaskResult, evaluate
 from loadstone.evaluate.scoring import Scores
-from loadstone.evaluate.tasks import TASKS, task_named
-from loadstone.evaluate.tasks.base import Asked, Settings
-from loadstone.evaluate.tasks.choice import ChoiceTask, PreparedChoices, Question
+from loadstone.evaluate.tasks import task_named
+from loadstone.evaluate.tasks.base import Asked
+from loadstone.evaluate.tasks.choice import PreparedChoices, Question
 from loadstone.evaluate.tasks.lambada import PreparedWords
 from loadstone.model import GPT
 from loadstone.tokenizer import Tokenizer
-
-Rows = Sequence[Mapping[str, Any]]
-Write = Callable[[Rows], str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def rows_to_file(rows: Rows) -> str:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
-
-    return rows_to_file
+from records_files import Write
 
 
 def loglikelihood(model: GPT, tokenizer: Tokenizer, context: str, continuation: str) -> tuple[float, bool, int]:
@@ -172,84 +160,9 @@ def _last_token(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
     return text.removesuffix(word), word
 
 
-HUB_FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], int]] = {
-    "piqa": (
-        {"goal": "dry a hat", "sol1": "the sun", "sol2": "a nest", "label": 1},
-        [("Question: dry a hat\nAnswer:", " the sun"), ("Question: dry a hat\nAnswer:", " a nest")], 1,
-    ),
-    "copa": (
-        {"premise": "The cat sang.", "choice1": "The dog left.", "choice2": "It rained.", "question": "effect",
-         "label": 0},
-        [("The cat sang therefore", " the dog left."), ("The cat sang therefore", " it rained.")], 0,
-    ),
-    "arc_challenge": (
-        {"question": "Who sings?", "choices": {"text": ["cats", "birds"], "label": ["A", "B"]}, "answerKey": "B"},
-        [("Question: Who sings?\nAnswer:", " cats"), ("Question: Who sings?\nAnswer:", " birds")], 1,
-    ),
-    "winogrande": (
-        {"sentence": "The cat saw the dog, so _ ran.", "option1": "the cat", "option2": "the dog", "answer": "2"},
-        [("The cat saw the dog, so the cat", " ran."), ("The cat saw the dog, so the dog", " ran.")], 1,
-    ),
-    "hellaswag": (
-        {"ctx": "A cat sits. It", "endings": ["sings.", "flies.", "naps.", "is 12."], "label": "2"},
-        [("A cat sits. It", f" {ending}") for ending in ("sings.", "flies.", "naps.", "is 12.")], 2,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HUB_FORMS)
-def test_the_data_sets_own_records_are_read(name: str) -> None:
-    row, options, gold = HUB_FORMS[name]
-    task = task_named(name)
-    assert isinstance(task, ChoiceTask)
-    question = task.read(row, "file", "line 1")
-    assert (list(question.options), question.gold) == (options, gold)
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "message"),
-    [
-        ("piqa", {"text": "x"}, r"line 1: expected fields .*goal.* or \{choices, gold, query\}.*, found text"),
-        ("piqa", {"query": "x", "choices": ["a"], "gold": 0}, "1 options, and number 0"),
-        ("piqa", {"query": "x", "choices": ["a", "b"], "gold": 2}, "2 options, and number 2"),
-        ("piqa", {"query": "x", "choices": ["a", " "], "gold": 0}, "an option is empty"),
-        ("piqa", {"query": 7, "choices": ["a", "b"], "gold": 0}, "not as in piqa"),
-        ("piqa", {"query": "x", "choices": 3, "gold": 0}, "not as in piqa"),
-        ("piqa", {"query": "x", "choices": ["a", "b"], "gold": None}, "not as in piqa"),
-        ("piqa", {"query": "x\ud800", "choices": ["a", "b"], "gold": 0}, "U\\+D800"),
-        (
-            "arc_easy",
-            {"question": "x", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "C"},
-            "not as in arc",
-        ),
-        ("lambada", {"text": 3}, "`text` should be a text"),
-        ("lambada", {"text": "word"}, "single word"),
-        ("blimp", {"sentence_good": "a"}, "expected fields"),
-    ],
-)
-def test_malformed_records_are_errors_with_file_and_line(write: Write, name: str, row: Any, message: str) -> None:
-    with pytest.raises(FormatError, match=message):
-        run(name, write([row]))
-
-
-def test_a_folder_without_records_and_a_path_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no \.jsonl file"):
-        run("blimp", str(tmp_path))
-    with pytest.raises(SourceError, match=r"--data blimp=.*no such file"):
-        run("blimp", str(tmp_path / "none"))
-    with pytest.raises(SourceError, match="it is a folder"):
-        run("ptb", str(tmp_path))
-
-
 def test_an_unknown_task_lists_the_known_ones() -> None:
     with pytest.raises(LoadstoneError, match=r"--task piqua: .*piqa"):
         task_named("piqua")
-
-
-def test_without_data_the_error_says_how_to_give_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LOADSTONE_SHARED", str(tmp_path))
-    with pytest.raises(SourceError, match="--data ptb=PATH"):
-        task_named("ptb").prepare(None, gpt2_like(), Settings(8, 8))
 
 
 # -- contexts and continuations
@@ -281,32 +194,3 @@ def test_begin_tokens() -> None:
     request = without.request("", "The cat")
     assert (list(request.ids), request.targets) == (ids, len(ids) - 1)
     assert "not scored" in without.notes()[0]
-
-
-# -- the shared files
-
-
-@pytest.mark.parametrize(
-    ("name", "items"),
-    [
-        ("lambada", 5153),
-        ("piqa", 1838),
-        ("winogrande", 1267),
-        ("copa", 100),
-        ("arc_easy", 2376),
-        ("arc_challenge", 1172),
-    ],
-)
-def test_the_shared_files_are_read(shared: Path, name: str, items: int) -> None:
-    found = evaluate(hostile(KNOWN), gpt2_like(), [TASKS[name]], limit=3)[0]
-    assert (found.of, found.items) == (items, 3)
-
-
-def test_blimp_of_the_shared_folder(shared: Path, tmp_path: Path) -> None:
-    files = sorted((shared / "data" / "blimp").iterdir())
-    assert len(files) == 34
-    for file in files[:3]:
-        (tmp_path / file.name).symlink_to(file)
-    found = run("blimp", str(tmp_path), limit=12)
-    assert (found.of, found.items) == (3000, 12)
-    assert list(found.groups) == [file.stem for file in files[:3]]  # evenly spread over all phenomena

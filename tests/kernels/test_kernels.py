@@ -235,22 +235,26 @@ def keep_is_possible() -> bool:
 
 
 @pytest.mark.parametrize("compute", [linear_file.linear, linear_file.scoring_linear])
-def test_a_part_of_a_wider_matrix_is_left_to_torch(
-    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_part_of_a_wider_matrix_is_left_to_torch_or_copied(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """oneDNN would take a thousand times as long for the q of a fused c_attn."""
-    asked: list[bool] = []
+    asked: list[Tensor] = []
 
     def onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
-        asked.append(True)
+        asked.append(weight)
         return F.linear(x, weight, bias)
 
     monkeypatch.setattr(linear_file, "_X86", True)
     monkeypatch.setattr(linear_file, "_ONEDNN", onednn)
     fused = torch.randn(16, 48, requires_grad=True)
-    x = torch.randn(3, 16)
-    for weight, there in ((fused.T[:16], False), (fused[:, :16].T, False), (fused.T, True), (torch.randn(8, 16), True)):
+    x = torch.randn(rows, 16)
+    for part, whole in ((fused.T[:16], False), (fused[:, :16].T, False), (fused.T, True), (torch.randn(8, 16), True)):
         asked.clear()
+        weight = part.detach().requires_grad_()
         with torch.set_grad_enabled(compute is linear_file.linear):
-            torch.testing.assert_close(compute(x, weight.detach().requires_grad_(), None), x @ weight.T)
-        assert bool(asked) == there
+            torch.testing.assert_close(compute(x, weight, None), x @ weight.T)
+        assert [each.data_ptr() == weight.data_ptr() for each in asked if whole] == [True] * whole
+        assert bool(asked) == (whole or (compute is linear_file.scoring_linear and rows == 300))
+        assert all(each.is_contiguous() or each.mT.is_contiguous() for each in asked)

@@ -31,7 +31,9 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between the windows of a text. Default: the context.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once. No figure depends on it.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at once. In float32 no figure depends on it.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many items of each task, evenly spread.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for the scores of each item: what it has is not run again.")
@@ -54,7 +56,7 @@ def evaluate(
     from ..kernels import keep_freed_memory
 
     tasks: list[Task] = [*map(task_named, dict.fromkeys(task or ())), *map(file_task, text or ())]
-    paths = given_data(data or (), [each.name for each in tasks])
+    paths = given_data(data or (), task or ())
     identity, model, found = options.load(source)
     tokenizer = need(found, source)
     keep_freed_memory()

@@ -20,8 +20,8 @@ class Anchor(NamedTuple):
 
 _PAPER = "GPT-2 paper, table 3"
 _THEIRS = "de-tokenised (their de-tokeniser is not published)"
-_WHOLE = "token level, stride 1024"
-_HALF = "token level, stride 512"
+_WHOLE = "token level, stride 1024, rows joined by blank lines"
+_HALF = "token level, stride 512, rows joined by blank lines"
 _SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Radford et al. 2019, table 3, by size. The protocol in words: openai/gpt-2#78.
 _TABLE = (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.hub import hub_rows
 from ..data.records import read_records
-from ..errors import LoadstoneError, SourceError
+from ..errors import FormatError, LoadstoneError, SourceError
 
 Record = tuple[str, Mapping[str, Any]]  # its place, `line 3`, and its fields
 
@@ -60,8 +60,12 @@ def find(name: str, source: Source, given: str | None) -> Found:
     if given is not None:
         if given.startswith("hub:"):
             return Found(None, given)
-        if not Path(given).exists():
-            raise SourceError(f"--data {name}={given}: there is no such file or folder (seen from {Path.cwd()}).")
+        try:
+            Path(given).stat()
+        except OSError as error:
+            raise SourceError(
+                f"--data {name}={given}: it cannot be read ({error.strerror}, seen from {Path.cwd()})."
+            ) from None
         return Found(Path(given), "")
     folder = shared_folder()
     if folder is not None and (folder / source.file).exists():
@@ -74,28 +78,44 @@ def find(name: str, source: Source, given: str | None) -> Found:
     return Found(None, source.hub)
 
 
-def given_data(options: Iterable[str], tasks: Iterable[str]) -> dict[str, str]:
-    """`--data NAME=PATH` as a table. Raises LoadstoneError for a name that is not among the tasks."""
-    found = {}
+def given_data(options: Iterable[str], tasks: Collection[str]) -> dict[str, str]:
+    """`--data NAME=PATH` as a table. Raises LoadstoneError for a name that is not among the tasks, or comes twice."""
+    found: dict[str, str] = {}
     for option in options:
         name, equals, path = option.partition("=")
-        if not equals or name not in tasks:
+        if not (equals and path) or name not in tasks or name in found:
             raise LoadstoneError(
-                f"--data {option}: expected NAME=PATH, where NAME is one of the tasks that are run: {', '.join(tasks)}."
+                f"--data {option}: expected NAME=PATH, once for a task, where NAME is one of the tasks that are run: "
+                f"{', '.join(tasks) or 'none'}."
             )
         found[name] = path
     return found
 
 
 def records(found: Found) -> Iterator[Record]:
-    """The records of a JSON or JSONL file, or of all such files in a folder (by name), or of a hub data set."""
+    """The records of a JSON or JSONL file, or of all such files in a folder (by name), or of a hub data set.
+
+    Raises SourceError or FormatError for what cannot be read, and if there is no record at all.
+    """
+    empty = True
+    for record in _records(found):
+        empty = False
+        yield record
+    if empty:
+        raise FormatError(found.path or found.hub, "there is no record in it.")
+
+
+def _records(found: Found) -> Iterator[Record]:
     if found.path is None:
         yield from ((f"row {number}", row) for number, row in enumerate(hub_rows(found.hub), 1))
         return
     if not found.path.is_dir():
         yield from read_records(found.path)
         return
-    files = sorted(file for file in found.path.iterdir() if file.suffix in (".jsonl", ".json"))
+    try:
+        files = sorted(file for file in found.path.iterdir() if file.suffix in (".jsonl", ".json"))
+    except OSError as error:
+        raise SourceError(f"{found.path}: it cannot be read ({error.strerror}).") from None
     if not files:
         raise SourceError(f"{found.path}: there is no .jsonl file in this folder.")
     for file in files:

@@ -81,7 +81,7 @@ def evaluate(
     Args:
         context: tokens that the model may read; the model's context, at most USUAL_CONTEXT, if not given.
         stride: of the windows of a text; the context if not given.
-        batch_size: rows at once; chosen by their length if not given. No figure depends on it.
+        batch_size: rows at once; chosen by their length if not given. In float32 no figure depends on it.
         limit: items (of a text: windows) of each task, evenly spread.
         data: path or hub name of a task's data, by its name.
         out: a folder for the scores of each item; those that it has already are not run again.
@@ -102,7 +102,7 @@ def evaluate(
     for task, each, items in zip(tasks, prepared, chosen, strict=True):
         key = {"model": sha, "requests": requests_hash(each.items), "protocol": dict(each.protocol)}
         started, before = time.perf_counter(), meter.run
-        with Store(out, task.name, key) if out else nullcontext() as store:
+        with Store(out, task.name, key, each.items) if out else nullcontext() as store:
             scored = _run(model, each, items, batch_size, store, meter)
         seconds, read = time.perf_counter() - started, meter.run - before
         speed = (seconds, read / seconds) if read else (0.0, None)

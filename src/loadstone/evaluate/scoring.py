@@ -60,7 +60,7 @@ def score(model: GPT, requests: Sequence[Request], *, batch_size: int | None = N
     Raises LoadstoneError for a request that cannot be scored, and if the model computes NaN or infinity.
     """
     for index, request in enumerate(requests):
-        _check(index, request, model.config.context_length)
+        _check(index, request, model)
     with _evaluating(model):
         for batch in batches([len(request.ids) - 1 for request in requests], batch_size, model.tok_emb.weight.device):
             yield from zip(batch, _score_batch(model, [requests[index] for index in batch]), strict=True)
@@ -77,8 +77,8 @@ def batches(lengths: Sequence[int], batch_size: int | None, device: torch.device
         start += rows
 
 
-def _check(index: int, request: Request, context: int) -> None:
-    length = len(request.ids)
+def _check(index: int, request: Request, model: GPT) -> None:
+    length, context, rows = len(request.ids), model.config.context_length, len(model.tok_emb.weight)
     if not 0 < request.targets < length:
         raise LoadstoneError(
             f"request {index}: {request.targets} of {length} tokens are to be scored. The first cannot be: nothing "
@@ -86,6 +86,11 @@ def _check(index: int, request: Request, context: int) -> None:
         )
     if length - 1 > context:
         raise LoadstoneError(f"request {index}: {length} tokens, and the model's context is {context}. Cut it.")
+    for token in (int(np.min(request.ids)), int(np.max(request.ids))):
+        if not 0 <= token < rows:
+            raise LoadstoneError(
+                f"request {index}: token {token} is none of the model's {rows} rows. Is the tokenizer another model's?"
+            )
 
 
 @contextmanager
@@ -129,13 +134,20 @@ def _score_batch(model: GPT, requests: Sequence[Request]) -> list[Scores]:
 def _head(model: GPT, hidden_NC: Tensor, targets_N: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Log-probability of each target, and whether it is the likeliest token."""
     weight_VC = model.tok_emb.weight if model.head is None else model.head.weight
-    if int(targets_N.max()) >= len(weight_VC) or int(targets_N.min()) < 0:
-        raise LoadstoneError(f"token {int(targets_N.max())} is to be scored, and the model has {len(weight_VC)} rows.")
     logprobs_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NC.device)
     greedy_N = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_NC.device)
     for chunk in chunks(len(targets_N), len(weight_VC)):
         logits_RV = product(hidden_NC[chunk], weight_VC.T).float()
         targets_R1 = targets_N[chunk, None]
-        logprobs_N[chunk] = logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(dim=-1)
-        greedy_N[chunk] = logits_RV.argmax(dim=-1) == targets_R1[:, 0]
+        asked_R1, highest_R1 = logits_RV.gather(1, targets_R1), logits_RV.amax(dim=-1, keepdim=True)
+        greedy_N[chunk] = _first(logits_RV, targets_R1, asked_R1 == highest_R1)
+        sums_R1 = logits_RV.sub_(highest_R1).exp_().sum(dim=-1, keepdim=True)
+        logprobs_N[chunk] = (asked_R1 - highest_R1 - sums_R1.log())[:, 0]
     return logprobs_N.cpu().numpy(), greedy_N.cpu().numpy()
+
+
+def _first(logits_RV: Tensor, targets_R1: Tensor, equal_R1: Tensor) -> Tensor:
+    """Whether each target is the lowest id of the highest logit. argmax is slow, so only rows that may be are asked."""
+    greedy_R = equal_R1[:, 0].clone()
+    greedy_R[equal_R1[:, 0]] = logits_RV[equal_R1[:, 0]].argmax(dim=-1) == targets_R1[equal_R1]
+    return greedy_R

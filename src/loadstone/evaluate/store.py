@@ -50,16 +50,18 @@ class Store:
         folder: where the file is or will be; made if it is not there.
         task: its name.
         key: what the scores depend on, as plain JSON; written into the first line.
+        items: the requests of each; scores that do not fit them are damaged.
 
     Raises LoadstoneError if the file cannot be written or is none of ours. A line that a killed process left unfinished
     is dropped.
     """
 
-    def __init__(self, folder: Path, task: str, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, task: str, key: Mapping[str, Any], items: Sequence[Sequence[Request]]) -> None:
         text = json.dumps(key, sort_keys=True)
         short = re.sub(r"[^\w.-]+", "_", Path(task).name)[:60]
         self.path = folder / f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         self._head = json.dumps({"task": task, "key": key}) + "\n"
+        self._items = items
         self.scored: dict[int, list[Scores]] = {}
         self._file: IO[str]
 
@@ -102,11 +104,8 @@ class Store:
             for number, line in enumerate(file, 2):
                 try:
                     record = json.loads(line)
-                    self.scored[int(record["item"])] = [
-                        Scores(np.array(logprobs, dtype=np.float32), np.array([mark == "1" for mark in greedy]))
-                        for logprobs, greedy in zip(record["logprobs"], record["greedy"], strict=True)
-                    ]
-                except (ValueError, TypeError, KeyError, RecursionError):
+                    self.scored[record["item"]] = _scores(record, self._items[record["item"]])
+                except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
                     raise self._damaged(number) from None
 
     def _damaged(self, line: int) -> FormatError:
@@ -119,3 +118,15 @@ class Store:
             f"{self.path}: the scores cannot be kept ({error.strerror}). Make room or choose another --out; what was "
             "written is used by the next run."
         )
+
+
+def _scores(record: Mapping[str, Any], requests: Sequence[Request]) -> list[Scores]:
+    """Raises some error if the record is none, or of other requests."""
+    found = [
+        Scores(np.array(logprobs, dtype=np.float32), np.array([mark == "1" for mark in greedy]))
+        for logprobs, greedy in zip(record["logprobs"], record["greedy"], strict=True)
+    ]
+    for each, request in zip(found, requests, strict=True):
+        if not each.logprobs.shape == each.greedy.shape == (request.targets,) or not np.isfinite(each.logprobs).all():
+            raise ValueError
+    return found

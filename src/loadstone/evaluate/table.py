@@ -13,7 +13,7 @@ _HIDDEN = ("model_sha256", "loadstone", "torch")
 
 
 def lines(result: TaskResult) -> Iterator[str]:
-    yield f"{result.task}: {visible(result.title)}"
+    yield visible(f"{result.task}: {result.title}")
     for metric in result.metrics:
         yield f"  {metric.name:<22}{figure(metric.name, metric.value):>10}  {_interval(metric):<26}{metric.meaning}"
         for anchor in result.anchors:

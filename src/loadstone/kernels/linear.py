@@ -20,6 +20,7 @@ from torch.nn import functional as F
 # What inductor calls for a linear layer; a build of torch without oneDNN lacks it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
+COPIED = 256  # rows of x; for fewer, a copy of the weight takes longer than it saves
 
 
 def product(a_NK: Tensor, b_KM: Tensor) -> Tensor:
@@ -39,21 +40,27 @@ def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
 
 
 def scoring_linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
-    """F.linear without gradients: [..., K] -> [..., M]."""
+    """F.linear without gradients: [..., K] -> [..., M]. A part of a wider matrix is copied first, where that pays."""
+    if x.numel() >= COPIED * x.shape[-1] and _float32_here(weight_MK) and not _ours(weight_MK):
+        weight_MK = weight_MK.contiguous()
     if _ours(x) and _ours(weight_MK):
         return _ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
     return F.linear(x, weight_MK, bias_M)
 
 
 def _ours(x: Tensor) -> bool:
-    """Float32 in this machine's memory, and no subclass: shards (DTensor) have products of their own.
+    """A matrix that oneDNN is fast with: one without gaps.
 
-    And without gaps: for a part of a wider matrix, as the q of a fused `c_attn` is, oneDNN takes its reference kernel
-    (8 s instead of 8 ms for 2,048 tokens and a width of 256).
+    For a part of a wider matrix, as the q of a fused `c_attn` is, it takes its reference kernel (8 s instead of 8 ms
+    for 2,048 tokens and a width of 256).
     """
+    return _float32_here(x) and (x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()))
+
+
+def _float32_here(x: Tensor) -> bool:
+    """In this machine's memory, and no subclass: shards (DTensor) have products of their own."""
     plain = type(x) in (Tensor, torch.nn.Parameter)
-    fits = _ONEDNN is not None and _X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
-    return fits and (x.is_contiguous() or (x.dim() > 1 and x.mT.is_contiguous()))
+    return _ONEDNN is not None and _X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class _Linear(torch.autograd.Function):

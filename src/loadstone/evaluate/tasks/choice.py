@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ...checkpoint.wording import shown
 from ...data.records import text_of
 from ...errors import FormatError
 from ...tokenizer import Tokenizer
@@ -32,14 +33,20 @@ class Question(NamedTuple):
 Reader = Callable[[Fields, str], Question]  # of a record and the text that ends a question before its answer
 
 
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):  # a text, too, has parts: its characters
+        raise TypeError(f"expected a list, found {shown(value)}")
+    return value
+
+
 def _plain(row: Fields, cue: str) -> Question:
-    return Question([(row["query"].rstrip() + cue, f" {choice}") for choice in row["choices"]], int(row["gold"]))
+    return Question([(row["query"].rstrip() + cue, " " + choice) for choice in _list(row["choices"])], int(row["gold"]))
 
 
 def _partial(row: Fields, cue: str) -> Question:
     """Partial scoring (Trinh and Le 2018): the options differ in the context, and what follows is scored."""
     continuation = " " + row["continuation"].lstrip()
-    return Question([(context, continuation) for context in row["context_options"]], int(row["gold"]))
+    return Question([(context, continuation) for context in _list(row["context_options"])], int(row["gold"]))
 
 
 def _winogrande(row: Fields, cue: str) -> Question:
@@ -49,8 +56,8 @@ def _winogrande(row: Fields, cue: str) -> Question:
 
 
 def _piqa(row: Fields, cue: str) -> Question:
-    context = f"Question: {row['goal']}{cue}"
-    return Question([(context, f" {row[name]}") for name in ("sol1", "sol2")], int(row["label"]))
+    context = "Question: " + row["goal"] + cue
+    return Question([(context, " " + row[name]) for name in ("sol1", "sol2")], int(row["label"]))
 
 
 def _copa(row: Fields, cue: str) -> Question:
@@ -62,12 +69,12 @@ def _copa(row: Fields, cue: str) -> Question:
 
 def _arc(row: Fields, cue: str) -> Question:
     choices = row["choices"]
-    options = [(f"Question: {row['question']}{cue}", f" {text}") for text in choices["text"]]
-    return Question(options, list(choices["label"]).index(row["answerKey"]))
+    options = [("Question: " + row["question"] + cue, " " + text) for text in _list(choices["text"])]
+    return Question(options, _list(choices["label"]).index(row["answerKey"]))
 
 
 def _hellaswag(row: Fields, cue: str) -> Question:
-    return Question([(row["ctx"], f" {ending}") for ending in row["endings"]], int(row["label"]))
+    return Question([(row["ctx"], " " + ending) for ending in _list(row["endings"])], int(row["label"]))
 
 
 def _blimp(row: Fields, cue: str) -> Question:
@@ -113,7 +120,7 @@ class ChoiceTask:
             if names <= set(fields):
                 try:
                     question = reader(fields, self.cue)
-                except (KeyError, ValueError, TypeError, AttributeError) as error:
+                except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
                     raise FormatError(
                         where, f"{place}: its fields {', '.join(sorted(names))} are not as in {self.name} ({error!r})."
                     ) from None
@@ -127,6 +134,7 @@ class ChoiceTask:
                 where,
                 f"{place}: {len(question.options)} options, and number {question.gold} (from 0) is the right one.",
             )
+        text_of(where, place, "the group", question.group)
         for context, continuation in question.options:
             text_of(where, place, "a context", context)
             if not text_of(where, place, "an option", continuation).strip():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...data.hub import hub_rows
-from ...errors import SourceError
+from ...data.records import text_of as field_text
 from ...tokenizer import Tokenizer
 from ..data import Found, Source, find
 from ..detokenise import detokenised
@@ -38,15 +38,16 @@ class TextTask:
 
     def prepare(self, given: str | None, tokenizer: Tokenizer, settings: Settings) -> PreparedText:
         found = Found(self.path, "") if self.path else find(self.name, self.source, given)
-        if found.path is None:
-            text = text_of("".join(str(row.get("text", "")) for row in hub_rows(found.hub)), found.hub)
-        elif found.path.is_dir():
-            raise SourceError(f"{found.path}: it is a folder. Name the text itself.")
-        else:
-            text = read_text(found.path)
+        text = read_text(found.path) if found.path else _hub_text(found.hub)
         if self.spelling:
             text = detokenised(text, self.spelling)
         return PreparedText(text, tokenizer, settings)
+
+
+def _hub_text(hub: str) -> Text:
+    """The field `text` of all rows as one text. WikiText's empty rows are the lines ` ` of the published file."""
+    rows = (field_text(hub, f"row {number}", "`text`", row.get("text")) for number, row in enumerate(hub_rows(hub), 1))
+    return text_of("".join(row or " \n" for row in rows), hub)
 
 
 def file_task(path: Path) -> TextTask:
