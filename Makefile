@@ -3,7 +3,7 @@
 # make lint    style and types
 # make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
 # make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
-# make bench   measurements beside other programs
+# make bench   measurements beside other programs (benchmarks/results.sh: what two models score)
 
 PYTHON ?= python3
 VENV := .venv
@@ -77,6 +77,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/dequantise.py
 	$(PEERS)/bin/python benchmarks/qkv.py
 	$(PEERS)/bin/python benchmarks/train.py
+	$(PEERS)/bin/python benchmarks/evaluate.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,14 @@ def shared_folder() -> Path:
     return Path(os.environ.get("LOADSTONE_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "online" in config.option.markexpr:
+        return
+    for item in items:
+        if "online" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="downloads from the hub: only with `pytest -m online`"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     folder = shared_folder()
