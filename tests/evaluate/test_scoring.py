@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from loadstone.errors import LoadstoneError
 from loadstone.evaluate.scoring import Request, Scores, batches, score
+from loadstone.finetune.lora import LoRA, add_lora
 from loadstone.model import GPT
 from loadstone.train import losses
 from small_gpt import small_gpt, small_llama, small_neox
@@ -39,7 +40,23 @@ def all_scores(model: GPT, asked: list[Request], batch_size: int | None = None) 
     return [found[index] for index in range(len(asked))]
 
 
-MODELS = {"gpt2": small_gpt, "llama": small_llama, "neox": small_neox}
+def with_adapter() -> GPT:
+    model = small_gpt()
+    add_lora(model, LoRA(rank=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def with_erf() -> GPT:
+    return small_gpt(activation="gelu")
+
+
+MODELS = {
+    "gpt2": small_gpt, "gpt2 with an adapter": with_adapter, "gpt2 with erf": with_erf, "llama": small_llama,
+    "neox": small_neox,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -82,10 +99,11 @@ def test_of_equal_logits_the_lowest_id_is_the_likeliest() -> None:
 def test_bfloat16_is_near_float32_and_the_model_is_left_as_it_was() -> None:
     model = small_gpt(layers=2).train()
     model.set_dropout(0.5)
-    product = model.blocks[0].mlp.up.product  # type: ignore[union-attr]
+    mlp = model.blocks[0].mlp
+    before = (mlp.up.product, mlp.activation)  # type: ignore[union-attr]
     exact = all_scores(model, requests())
     assert model.training
-    assert model.blocks[0].mlp.up.product is product  # type: ignore[union-attr]
+    assert (mlp.up.product, mlp.activation) == before  # type: ignore[union-attr]
     rough = all_scores(model.to(torch.bfloat16), requests(), 4)
     errors = np.concatenate([a.logprobs - b.logprobs for a, b in zip(exact, rough, strict=True)])
     assert 0 < np.abs(errors).mean() < 0.2

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import LoadstoneError
-from ..kernels.linear import product, scoring_linear
-from ..model import GPT, Linear
+from ..kernels import quick_scoring
+from ..kernels.linear import product
+from ..model import GPT
 from ..train.losses import chunks
 
 # Padded tokens of a batch, unless rows are asked for. More is no faster on a CPU and pads more; a GPU wants more.
@@ -97,15 +98,11 @@ def _check(index: int, request: Request, model: GPT) -> None:
 def _evaluating(model: GPT) -> Iterator[None]:
     """Meanwhile no dropout, and the faster products; the model is left as it was."""
     training = model.training
-    products = {module: module.product for module in model.modules() if isinstance(module, Linear)}
     model.eval()
-    for module in products:
-        module.product = scoring_linear
     try:
-        yield
+        with quick_scoring(model):
+            yield
     finally:
-        for module, before in products.items():
-            module.product = before
         model.train(training)
 
 

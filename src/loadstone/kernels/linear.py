@@ -40,12 +40,25 @@ def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
 
 
 def scoring_linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
-    """F.linear without gradients: [..., K] -> [..., M]. A part of a wider matrix is copied first, where that pays."""
-    if x.numel() >= COPIED * x.shape[-1] and _float32_here(weight_MK) and not _ours(weight_MK):
+    """F.linear without gradients: [..., K] -> [..., M].
+
+    For many rows a weight that is a view (a part of a wider matrix, or transposed in a mapped file) is copied first.
+    """
+    return _scoring(x, weight_MK, bias_M, "none", "")
+
+
+def scoring_linear_gelu(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
+    """gelu_tanh(F.linear(...)) without gradients; oneDNN takes it while the product is in the cache."""
+    return _scoring(x, weight_MK, bias_M, "gelu", "tanh")
+
+
+def _scoring(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None, then: str, how: str) -> Tensor:
+    if x.numel() >= COPIED * x.shape[-1] and _float32_here(weight_MK):
         weight_MK = weight_MK.contiguous()
     if _ours(x) and _ours(weight_MK):
-        return _ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
-    return F.linear(x, weight_MK, bias_M)
+        return _ONEDNN(x, weight_MK, bias_M, then, [], how)  # type: ignore[misc]
+    y = F.linear(x, weight_MK, bias_M)
+    return F.gelu(y, approximate=how) if then == "gelu" else y
 
 
 def _ours(x: Tensor) -> bool:
