@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The figures of docs/results.md: two models on WikiText-2, Penn Treebank, LAMBADA and BLiMP.
 #
-#     benchmarks/results.sh [FOLDER]        LOADSTONE=.venv/bin/loadstone by default; about an hour on two cores
+#     [LIMIT=6800] benchmarks/results.sh [FOLDER]
+#
+# LIMIT: so many items of each task, evenly spread; 6800 leaves all but BLiMP whole (half an hour on two cores; without
+# it an hour). LOADSTONE names the program (.venv/bin/loadstone).
 #
 # FOLDER (default: results) keeps the scores of each item; a run that was stopped goes on there. The data lie in
 # ../shared/data, or are given by LOADSTONE_SHARED.
@@ -20,6 +23,6 @@ else
 fi
 for model in "${models[@]}"; do
   "$loadstone" eval "$model" --dtype float32 --task wikitext2 --task ptb --task lambada --task blimp \
-    --out "$folder/$model" --json > "$folder/$model.json"
+    ${LIMIT:+--limit "$LIMIT"} --out "$folder/$model" --json > "$folder/$model.json"
 done
 "$python" benchmarks/results.py "${models[@]/#/$folder/}" --into docs/results.md
