@@ -50,8 +50,8 @@ def theirs(source: str) -> tuple[Any, Score]:
 def ours(source: str, task: str, data: Path) -> Any:
     model, tokenizer = load(source, dtype="float32")
     assert tokenizer is not None
-    options = {"context": CONTEXT, "stride": STRIDE, "batch_size": 5}
-    (found,) = evaluate(model, tokenizer, [task_named(task)], data={task: str(data)}, **options)
+    tasks = [task_named(task)]
+    (found,) = evaluate(model, tokenizer, tasks, data={task: str(data)}, context=CONTEXT, stride=STRIDE, batch_size=5)
     return found
 
 
