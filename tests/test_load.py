@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import save_file
 
 import dialects
-from loadstone.errors import PlanError, TokenizerError
-from loadstone.load import load, load_model, load_tokenizer_for, open_source
+from loadstone.errors import LoadstoneError, PlanError, TokenizerError
+from loadstone.load import load, load_model, load_tokenizer_for, open_source, require_tokenizer
 from loadstone.model import GPT
 from mapped import lies_in
 from model_files import GPT2, tensors_of, write_gguf, write_hf, write_openai, write_torch
@@ -211,6 +211,8 @@ def test_gpt2s_vocabulary_by_name_or_a_remark(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("loadstone.tokenizer.gpt2_tokenizer", _unavailable)
     assert load_tokenizer_for(identity) is None
     assert identity.remarks == ["nowhere"]
+    with pytest.raises(LoadstoneError, match=r"mine: no tokenizer lies beside .* nowhere Put the model's own"):
+        require_tokenizer(None, "mine", identity.remarks)
 
 
 def _unavailable(_: Any) -> Any:

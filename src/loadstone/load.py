@@ -10,7 +10,7 @@ first; both and `torch.load` hold the weights as private memory. Here a plan wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from .checkpoint import open_checkpoint
 from .checkpoint.arrays import same_bits
 from .checkpoint.base import Array, Checkpoint, TensorInfo
-from .errors import PlanError, TokenizerError
+from .errors import LoadstoneError, PlanError, TokenizerError
 from .weightmap import Identity, apply, identify, make_plan
 from .weightmap.plan import GIVEN_UP
 
@@ -136,6 +136,17 @@ def load_tokenizer_for(identity: Identity) -> Tokenizer | None:
             tokenizer, vocab_size=config.vocab_size, bos_id=config.bos_id, eos_ids=config.eos_ids
         )
     return tokenizer
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, source: str, remarks: Sequence[str] = ()) -> Tokenizer:
+    """Raises LoadstoneError if there is none, with the remarks that may say why."""
+    if tokenizer is not None:
+        return tokenizer
+    problem = (
+        f"{source}: no tokenizer lies beside the weights (tokenizer.json, vocab.json + merges.txt, or encoder.json + "
+        "vocab.bpe), so text cannot be turned into tokens."
+    )
+    raise LoadstoneError(" ".join([problem, *remarks, "Put the model's own tokenizer files into its folder."]))
 
 
 def settle_tie(identity: Identity) -> None:

@@ -150,6 +150,15 @@ def test_records_of_the_hub_have_the_files_digest(write: Write, monkeypatch: pyt
     assert hub.protocol["data"] == "hub:a/b"
 
 
+@pytest.mark.parametrize("name", ["lambada", "copa"])
+def test_other_records_have_another_digest(write: Write, name: str) -> None:
+    rows = [{"text": "The cat sang", "query": "The cat", "choices": ["sang", "ran"], "gold": 0}] * 2
+    first = run(name, write(rows)).protocol
+    assert first["data"] == "rows.jsonl"
+    changed = [rows[0], {**rows[1], "text": "The cat ran", "gold": 1}]
+    assert run(name, write(changed)).protocol["sha256"] != first["sha256"]
+
+
 def test_without_data_the_error_says_how_to_give_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOADSTONE_SHARED", str(tmp_path))
     with pytest.raises(SourceError, match="--data ptb=PATH"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from loadstone.data.batch import IGNORED
 from loadstone.kernels.linear import product
 from loadstone.train import losses
-from loadstone.train.losses import head_loss
+from loadstone.train.losses import head_loss, perplexity
 
 
 def plain(hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor) -> Tensor:
@@ -136,3 +137,9 @@ def test_all_logits_never_exist() -> None:
         patch.setattr(losses, "CHUNK", 2 * 3000)
         head_loss(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
     assert 3000 <= largest <= 2 * 3000
+
+
+def test_perplexity_is_infinite_only_where_no_float_holds_it() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(699.0) == math.exp(699.0)
+    assert perplexity(710.0) == math.inf

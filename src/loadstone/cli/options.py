@@ -130,12 +130,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def need(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
-    if tokenizer is None:
-        raise LoadstoneError(
-            f"{source}: no tokenizer lies beside the weights (tokenizer.json, vocab.json + merges.txt, or encoder.json "
-            "+ vocab.bpe), so text cannot be turned into tokens. Put the model's own tokenizer files into its folder."
-        )
-    return tokenizer
+    from ..load import require_tokenizer
+
+    return require_tokenizer(tokenizer, source)
 
 
 def config_fields(sets: list[str] | None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from .._version import __version__
 from ..errors import LoadstoneError
 from ..evaluate.intervals import interval_of_mean
 from ..evaluate.perplexity import Text
-from ..load import load_tokenizer_for, require_device
+from ..load import load_tokenizer_for, require_device, require_tokenizer
 from ..sampling import Sampling
+from ..train.losses import perplexity
 from ..weightmap import Identity
 from .align import Piece, pieces, ranked, scored_by_all
 from .history import read_history, weights_of
@@ -73,18 +74,19 @@ class Comparison:
             for name in self.texts
         )
 
+    @cached_property
+    def _scored_by_all(self) -> dict[str, list[Piece]]:
+        """Each text in the pieces that all models share."""
+        return {name: scored_by_all(pieces([model.scores[name].bits for model in self.models])) for name in self.texts}
+
     def _bits_per_byte(self, names: Sequence[str]) -> list[float]:
         bits, size = np.zeros(len(self.models)), 0
         for name in names:
-            for piece in self._scored_by_all(name):
+            for piece in self._scored_by_all[name]:
                 bits += piece.bits
                 size += self._bytes(name, piece)
         values: list[float] = (bits / size).tolist() if size else [float("nan")] * len(self.models)
         return values
-
-    def _scored_by_all(self, name: str) -> list[Piece]:
-        """A text in the pieces that all models share."""
-        return scored_by_all(pieces([model.scores[name].bits for model in self.models]))
 
     def _bytes(self, name: str, piece: Piece) -> int:
         return len(self.texts[name].content[piece.begin : piece.end].encode())
@@ -104,7 +106,7 @@ class Comparison:
         more, size = [], []
         for name in self.texts:
             # The characters that `bits_per_byte` counts, lest the two disagree: an unscored token is a text's first.
-            begin = next((piece.begin for piece in self._scored_by_all(name)), len(self.texts[name].content))
+            begin = next((piece.begin for piece in self._scored_by_all[name]), len(self.texts[name].content))
             found = [piece for piece in self.pieces(other, name) if piece.begin >= begin]
             for start in range(0, len(found), BLOCK):
                 block = found[start : start + BLOCK]
@@ -169,10 +171,6 @@ def loss_of(model: Measured) -> float:
     return sum(score.nats for score in model.scores.values()) / sum(score.tokens for score in model.scores.values())
 
 
-def perplexity(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
-
-
 def compare(
     sources: Sequence[str],
     texts: Mapping[str, Text],
@@ -230,11 +228,7 @@ def _candidates(sources: Sequence[str], open_source: Callable[[str], Identity]) 
     for name, source in zip(names, sources, strict=True):
         identity = open_source(weights_of(source))
         identity.plan.require_clean(str(identity.checkpoint.path))
-        tokenizer = load_tokenizer_for(identity)
-        if tokenizer is None:
-            problem = f"{source}: no tokenizer lies beside the weights, so it cannot read the texts."
-            hint = "Put the model's own tokenizer files into its folder."
-            raise LoadstoneError(" ".join([problem, *identity.remarks, hint]))
+        tokenizer = require_tokenizer(load_tokenizer_for(identity), source, identity.remarks)
         found.append(Candidate(name, source, identity, tokenizer, read_history(identity.checkpoint.folder)))
     return found
 

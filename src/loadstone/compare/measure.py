@@ -213,7 +213,6 @@ def _reading_speed(model: GPT, streams: Mapping[str, Tokens]) -> float:
 def _writing_speed(model: GPT, tokenizer: Tokenizer, prompt: str) -> float:
     """One text, token by token, greedily; it does not stop at an end token."""
     ids = tokenizer.encode(prompt)
-
     return _best_speed(lambda: generate(model, [ids], max_new_tokens=WRITTEN_TOKENS, overflow="window"), WRITTEN_TOKENS)
 
 

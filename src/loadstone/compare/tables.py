@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.wording import size_text
-from .comparison import NGRAMS, Comparison, Difference, loss_of, perplexity
+from ..train.losses import perplexity
+from .comparison import NGRAMS, Comparison, Difference, loss_of
 from .measure import Measured, Protocol
 from .repetition import REPEATED, distinct, repetition
 

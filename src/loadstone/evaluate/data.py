@@ -36,6 +36,15 @@ class Found(NamedTuple):
     path: Path | None
     hub: str
 
+    @property
+    def place(self) -> Path | str:
+        """For messages."""
+        return self.path or self.hub
+
+    def protocol(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+        """What a figure says of the records that it was measured on."""
+        return {"data": self.path.name if self.path else self.hub, "sha256": digest(rows)}
+
 
 def shared_folder() -> Path | None:
     """`shared/data` beside the checkout that this package runs from; LOADSTONE_SHARED names another place of `shared`.
@@ -102,7 +111,7 @@ def records(found: Found) -> Iterator[Record]:
         empty = False
         yield record
     if empty:
-        raise FormatError(found.path or found.hub, "there is no record in it.")
+        raise FormatError(found.place, "there is no record in it.")
 
 
 def _records(found: Found) -> Iterator[Record]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import LoadstoneError, SourceError
+from ..errors import SourceError
 from ..generate import generate_texts
-from ..load import load
+from ..load import load, require_tokenizer
 from ..tokenizer import Tokenizer
 from .perplexity import stream, text_of
 from .run import settings_for
@@ -52,9 +52,7 @@ class LoadstoneLM(LM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.model, tokenizer = load(str(source), dtype=dtype, device=device or "cpu")
-        if tokenizer is None:
-            raise LoadstoneError(f"{source}: no tokenizer lies beside the weights, and these tasks are texts.")
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer: Tokenizer = require_tokenizer(tokenizer, str(source))
         self.context = settings_for(self.model, context, None).context
         rows = str(batch_size or "auto")
         self.batch_size = int(rows) if rows.isdecimal() else None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..data.records import decoded, read_bytes
 from ..errors import FormatError, LoadstoneError
 from ..tokenizer import Tokenizer
+from ..train.losses import perplexity
 from .intervals import Interval, Metric, interval_of_mean
 from .scoring import Request
 
@@ -186,4 +187,4 @@ def _in_unit(unit: str, nats: float) -> float:
     """Mean nats of what a unit counts -> perplexity, or bits."""
     if unit == "bits_per_byte":
         return nats / math.log(2)
-    return math.exp(nats) if nats < 700 else math.inf
+    return perplexity(nats)

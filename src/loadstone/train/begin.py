@@ -23,7 +23,7 @@ from ..finetune.lora import LoRA, add_lora
 from ..finetune.presets import strategy_for
 from ..finetune.strategy import Strategy, untie
 from ..kernels import keep_freed_memory, speed_up
-from ..load import load, require_device
+from ..load import load, require_device, require_tokenizer
 from ..model import GPT
 from .devices import local_device
 from .flops import palm_per_token
@@ -122,8 +122,7 @@ def from_scratch(request: Request, folder: Path, progress: Bytes | None, world: 
         raise ConfigError(
             "instructions and labelled texts are for a model that knows language: loadstone finetune SRC."
         )
-    with world.main_first():
-        dataset = text_data(request.data, folder, None, progress, anew=world.main and not Run(folder).record.exists())
+    dataset = _text(request, folder, None, progress, world)
     tokenizer = dataset.tokenizer()
     config = model_config(request.model, dataset, tokenizer)
     settings = with_length(request.settings, config)
@@ -140,21 +139,25 @@ def loaded(request: Request, folder: Path, progress: Bytes | None, world: World)
             setattr(module, name, nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format)))
     settings = with_length(request.settings, gpt.config)
     if request.data.kind == "text":
-        with world.main_first():
-            anew = world.main and not Run(folder).record.exists()
-            dataset = text_data(request.data, folder, tokenizer, progress, anew=anew)
+        dataset = _text(request, folder, tokenizer, progress, world)
         dataset.require_fits(gpt.config.vocab_size)
         if tokenizer is not None:
             dataset.require_same_text(tokenizer)
         return Start(gpt, tokenizer or dataset.tokenizer(), language(dataset, settings), settings)
-    if tokenizer is None:
-        raise LoadstoneError(f"{request.source}: it has no tokenizer, so text cannot be turned into tokens.")
+    tokenizer = require_tokenizer(tokenizer, request.source)
     if request.data.kind == "sft":
         material = instructions(request.data, tokenizer, settings)
         if material.chat_template:
             tokenizer = replace(tokenizer, chat_template=material.chat_template)
         return Start(gpt, tokenizer, material, settings)
     return Start(gpt, tokenizer, labelled(request.data, tokenizer, settings, folder), settings)
+
+
+def _text(request: Request, folder: Path, tokenizer: Tokenizer | None, progress: Bytes | None, world: World) -> Dataset:
+    """The main process prepares the data, the others open them. What a run that never began left there is replaced."""
+    with world.main_first():
+        anew = world.main and not Run(folder).record.exists()
+        return text_data(request.data, folder, tokenizer, progress, anew=anew)
 
 
 def adapted(model: nn.Module, tuning: Tuning) -> Strategy:

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C d_model, V vocabulary, N rows with a target, R rows
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def head_loss(hidden_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor) -> Tens
         hidden_NC, targets_N = hidden_NC[kept_N], targets_N[kept_N]
     loss: Tensor = _HeadLoss.apply(hidden_NC, weight_VC, targets_N, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
+
+
+def perplexity(nats: float) -> float:
+    """e to the power of a mean loss; infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:

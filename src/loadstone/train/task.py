@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.batch import IGNORED, Batch
 from ..model import GPT
-from .losses import head_loss
+from .losses import head_loss, perplexity
 
 
 class Task(Protocol):
@@ -48,8 +48,7 @@ class LanguageModel:
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["loss"] / max(1.0, sums["count"])
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        found = {"val_loss": loss, "perplexity": perplexity, "val_tokens": sums["count"]}
+        found = {"val_loss": loss, "perplexity": perplexity(loss), "val_tokens": sums["count"]}
         if self.bytes_per_token:
             found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         return found

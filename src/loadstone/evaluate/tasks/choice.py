@@ -14,7 +14,7 @@ from ...checkpoint.wording import shown
 from ...data.records import text_of
 from ...errors import FormatError
 from ...tokenizer import Tokenizer
-from ..data import Source, digest, find, records
+from ..data import Source, find, records
 from ..intervals import Metric, accuracy
 from ..scoring import Request, Scores
 from .base import Asked, Scored, Settings, total
@@ -101,14 +101,14 @@ class ChoiceTask:
 
     def prepare(self, given: str | None, tokenizer: Tokenizer, settings: Settings) -> PreparedChoices:
         found = find(self.name, self.source, given)
-        where = str(found.path or found.hub)
+        where = str(found.place)
         asked = Asked(tokenizer, settings.context)
         rows, questions = [], []
         for place, fields in records(found):
             rows.append(fields)
             questions.append(self.read(fields, where, place))
         protocol = {
-            "data": found.path.name if found.path else found.hub, "sha256": digest(rows), "context": settings.context,
+            **found.protocol(rows), "context": settings.context,
             "cue": self.cue, "asked": "log-probability of each option's continuation, given its context",
         }  # fmt: skip
         items = [[asked.request(*option) for option in question.options] for question in questions]

@@ -11,7 +11,7 @@ import numpy as np
 from ...data.records import text_of
 from ...errors import FormatError
 from ...tokenizer import Tokenizer
-from ..data import Source, digest, find, records
+from ..data import Source, find, records
 from ..intervals import Metric, accuracy, interval_of_mean
 from ..perplexity import metric_of
 from ..scoring import Request
@@ -31,7 +31,7 @@ class LastWord:
         asked = Asked(tokenizer, settings.context)
         rows, items = [], []
         for place, fields in records(found):
-            where = found.path or found.hub
+            where = found.place
             passage = text_of(where, place, "`text`", fields.get("text"))
             context, space, word = passage.rstrip().rpartition(" ")
             if not space:
@@ -39,7 +39,7 @@ class LastWord:
             rows.append(fields)
             items.append([asked.request(context, space + word)])
         protocol = {
-            "data": str(found.path.name if found.path else found.hub), "sha256": digest(rows),
+            **found.protocol(rows),
             "context": settings.context, "asked": "the last word and the space before it, given all before",
         }  # fmt: skip
         return PreparedWords(items, protocol, asked.notes())
