@@ -1,4 +1,4 @@
-"""Invertible de-tokenisers: WikiText's, Penn Treebank's and LAMBADA's spelling back to English as people write it.
+"""Invertible de-tokenisers: WikiText's and Penn Treebank's spelling back to English as people write it.
 
 The GPT-2 paper scores text so, because a model that has never seen ` @-@ ` or ` n't ` pays for the spelling and not for
 the language. A de-tokeniser must not lose anything, or the model would be asked less than the published models were;

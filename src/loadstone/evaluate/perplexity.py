@@ -24,7 +24,6 @@ from .intervals import Interval, Metric, interval_of_mean
 from .scoring import Request
 
 BLOCK = 256  # targets whose sum is one observation of the interval: neighbours are alike, blocks hardly
-UNITS = ("token_perplexity", "word_perplexity", "bits_per_byte", "paper_perplexity")
 
 
 class Window(NamedTuple):
@@ -162,13 +161,8 @@ def perplexities(nats: NDArray[np.float64], stream: Stream) -> list[Metric]:
             "exp(nats / (words + line ends)), as the GPT-2 paper scales",
         ),
     }
-    mean, low, high = interval_of_mean(blocks(nats))
-    found = []
-    for unit in UNITS:
-        count, meaning = counts[unit]
-        tokens_each = len(nats) / count
-        found.append(metric_of(unit, (mean, low, high), tokens_each, meaning))
-    return found
+    interval = interval_of_mean(blocks(nats))
+    return [metric_of(unit, interval, len(nats) / count, meaning) for unit, (count, meaning) in counts.items()]
 
 
 def blocks(nats: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
