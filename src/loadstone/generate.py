@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .config import GPTConfig
 from .errors import LoadstoneError
 from .model import GPT, KVCache
 from .sampling import Sampling, choose
@@ -38,6 +39,16 @@ class Generation:
 
     ids: list[int] = field(default_factory=list)
     finish: str = ""
+
+
+def check_prompt(ids: Sequence[int], config: GPTConfig) -> None:
+    """Raises LoadstoneError for a prompt without tokens, and for ids outside the vocabulary."""
+    if not ids:
+        raise LoadstoneError("the prompt has no tokens; the model needs at least one to go on from.")
+    if wrong := next((token for token in ids if not 0 <= token < config.vocab_size), None):
+        raise LoadstoneError(
+            f"token {wrong} is outside the model's vocabulary of {config.vocab_size}: another tokenizer's?"
+        )
 
 
 class Stream:
@@ -88,17 +99,14 @@ class Stream:
             raise LoadstoneError(f"overflow must be {' or '.join(OVERFLOW)}, found {self.overflow!r}.")
         if self.max_new_tokens < 0:
             raise LoadstoneError(f"max_new_tokens must be 0 or more, found {self.max_new_tokens}.")
-        if not prompts or not all(prompts):
-            raise LoadstoneError("the prompt has no tokens; the model needs at least one to go on from.")
+        for prompt in prompts or [[]]:
+            check_prompt(prompt, self.model.config)
         longest = max(map(len, prompts))
         if longest > self.context and self.overflow == "refuse":
             raise LoadstoneError(
                 f"the prompt has {longest} tokens, but the context is {self.context}. Shorten it, or go on from its "
                 "end with overflow='window' (--overflow window)."
             )
-        vocab = self.model.config.vocab_size
-        if wrong := next((token for prompt in prompts for token in prompt if not 0 <= token < vocab), None):
-            raise LoadstoneError(f"token {wrong} is outside the model's vocabulary of {vocab}: another tokenizer's?")
         if self.n_tokens is not None and self.n_tokens < 1:
             raise LoadstoneError("n_tokens must be 1 or more: at least one token must be left to choose.")
         if self.seed is not None and not 0 <= self.seed < 2**63:

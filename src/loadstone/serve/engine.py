@@ -1,0 +1,288 @@
+"""Continuous batching: requests join and leave the running batch at every step; one thread computes for all models.
+
+A step gives each row of the batch its next token: the one that was just chosen, or the next of a prompt. Prompts that
+have more are read in pieces before the step, so many tokens at most, so that the others keep streaming meanwhile.
+*Others*: transformers' server pads a batch and waits for its longest answer; llama.cpp's divides one context among its
+slots. Here a row has the context of the model, and an answer is the one that the request would get alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoadstoneError
+from ..generate import check_prompt
+from ..model import GPT
+from ..sampling import Sampling, choose
+from .slots import Slots
+
+PIECE = 256  # tokens of prompts that are read between two steps
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was chosen, its log-probability (of the model, before temperature and filters), and the likeliest."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class End:
+    """`stop` (an end token), `length`, `context`, `cancelled`, or `error` with what went wrong."""
+
+    reason: str
+    error: str = ""
+
+
+@dataclass
+class Job:
+    """A request as the engine sees it.
+
+    Attributes:
+        ids: the prompt.
+        deliver: called in the engine's thread with each Token, and with one End at last; it must not block.
+        seed: of this request alone.
+        logprobs: how many of the likeliest tokens to name beside each one; None for no log-probabilities at all.
+        deadline: of time.monotonic().
+        cancelled: set it, from any thread, and the row is free at the next step.
+        known: prompt tokens that did not have to be read.
+    """
+
+    ids: Sequence[int]
+    deliver: Callable[[Token | End], None]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    deadline: float = float("inf")
+    cancelled: bool = False
+    known: int = 0
+
+
+class Full(LoadstoneError):
+    """As many requests wait as may. Try again later."""
+
+
+@dataclass
+class _Row:
+    job: Job
+    generator: torch.Generator
+    history: list[int]
+    todo: list[int]  # tokens that the cache does not hold yet; the last one's logits are due
+    made: int = 0
+
+
+class Engine:
+    """The batch of one model.
+
+    Args:
+        rows: requests at the same time.
+        length: tokens that each may have, prompt and answer.
+        waiting: requests that may wait for a row.
+        n_tokens: ids from here on are padding of the vocabulary and are never chosen.
+    """
+
+    def __init__(
+        self, model: GPT, *, rows: int = 16, length: int | None = None, waiting: int = 64, n_tokens: int | None = None
+    ) -> None:
+        self.model, self.waiting, self.n_tokens = model, waiting, n_tokens
+        self.slots = Slots(model, rows, length or model.config.context_length)
+        self._queue: deque[Job] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._rows: list[_Row] = []
+        self._lock = threading.Lock()
+        self.wake: Callable[[], None] = lambda: None  # set by the Worker
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Raises Full, and LoadstoneError for a prompt that cannot be answered."""
+        check_prompt(job.ids, self.model.config)
+        if len(job.ids) > self.slots.length:
+            raise LoadstoneError(f"the prompt has {len(job.ids)} tokens, but the context is {self.slots.length}.")
+        with self._lock:
+            if len(self._queue) >= self.waiting:
+                raise Full(f"{len(self._queue)} requests are waiting already.")
+            self._queue.append(job)
+        self.wake()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run something else with the model between two steps."""
+        with self._lock:
+            self._calls.append(function)
+        self.wake()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._queue or self._calls)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._rows), len(self._queue)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every row. Whatever fails ends the requests that it concerns, never the thread."""
+        while self._calls:
+            self._calls.popleft()()
+        self._leave()
+        self._join()
+        if not self._rows:
+            return
+        try:
+            self._read()
+            self._write()
+        except Exception as error:  # noqa: BLE001  the batch is lost, the server is not
+            self._fail(error)
+
+    def close(self, reason: str) -> None:
+        """End what runs and what waits."""
+        for job in [*self._waiting(), *(row.job for row in self._rows)]:
+            job.deliver(End("error", reason))
+        while self._rows:
+            self._end(0, None)
+
+    def _waiting(self) -> Iterator[Job]:
+        while self._queue:
+            yield self._queue.popleft()
+
+    def _leave(self) -> None:
+        """Rows whose client is gone, or whose time is over."""
+        now = time.monotonic()
+        for at in reversed(range(len(self._rows))):
+            job = self._rows[at].job
+            if job.cancelled or now > job.deadline:
+                self._end(at, _over(job))
+
+    def _join(self) -> None:
+        while len(self._rows) < self.slots.rows:
+            with self._lock:
+                if not self._queue:
+                    return
+                job = self._queue.popleft()
+            if job.cancelled or time.monotonic() > job.deadline:
+                job.deliver(_over(job))
+            elif job.max_new_tokens == 0:
+                job.deliver(End("length"))
+            else:
+                job.known = self.slots.admit(job.ids)
+                generator = torch.Generator(self.model.tok_emb.weight.device).manual_seed(job.seed)
+                self._rows.append(_Row(job, generator, list(job.ids), list(job.ids[job.known :])))
+
+    def _read(self) -> None:
+        """Pieces of prompts, those that came first first; each leaves its last token to the step."""
+        left = PIECE
+        for at, row in enumerate(self._rows):
+            piece = row.todo[: min(left, len(row.todo) - 1)]
+            if piece:
+                self._feed(at, at + 1, [piece])
+                left -= len(piece)
+            if not left:
+                return
+
+    def _write(self) -> None:
+        x_BTC = self._feed(0, len(self._rows), [row.todo[:1] for row in self._rows])
+        due = [at for at, row in enumerate(self._rows) if not row.todo]
+        if not due:
+            return
+        logits_BV = self.model.logits(x_BTC[due, -1])
+        if self.n_tokens is not None:
+            logits_BV[:, self.n_tokens :] = -torch.inf
+        ended = [(at, end) for at, logits_V in zip(due, logits_BV, strict=True) if (end := self._choose(at, logits_V))]
+        for at, end in reversed(ended):  # the last first: a row that ends is replaced by one from behind
+            self._end(at, end)
+
+    def _feed(self, first: int, last: int, ids: list[list[int]]) -> Tensor:
+        """Tokens, as many for each row, into the cache; their hidden states [B, T, C]."""
+        cache = self.slots.view(first, last)
+        x_BTC = self.model.hidden(torch.tensor(ids, device=cache.kv.device), cache)
+        for row, held, tokens in zip(self._rows[first:last], self.slots.held[first:last], ids, strict=True):
+            held += tokens
+            del row.todo[: len(tokens)]
+        return x_BTC
+
+    def _choose(self, at: int, logits_V: Tensor) -> End | None:
+        row = self._rows[at]
+        try:
+            (token,) = choose(logits_V[None], [row.history], row.job.sampling, [row.generator])
+        except LoadstoneError as error:
+            return End("error", str(error))
+        if token in row.job.stop_ids:
+            return End("stop")
+        row.job.deliver(_described(token, logits_V, row.job.logprobs))
+        row.history.append(token)
+        row.todo.append(token)
+        row.made += 1
+        if row.made == row.job.max_new_tokens:
+            return End("length")
+        return End("context") if len(row.history) > self.slots.length else None
+
+    def _end(self, at: int, end: End | None) -> None:
+        if end is not None:
+            self._rows[at].job.deliver(end)
+        self._rows[at] = self._rows[self.slots.release(at)]
+        self._rows.pop()
+
+    def _fail(self, error: Exception) -> None:
+        for at in range(len(self._rows)):
+            self.slots.forget(at)
+        end = End("error", f"{type(error).__name__}: {error}")
+        while self._rows:
+            self._end(len(self._rows) - 1, end)
+
+
+def _over(job: Job) -> End:
+    return End("cancelled") if job.cancelled else End("error", "the time for this request is over.")
+
+
+def _described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
+    if wanted is None:
+        return Token(token)
+    logprobs_V = logits_V.float().log_softmax(dim=-1)
+    top = logprobs_V.topk(min(wanted, len(logprobs_V)))
+    return Token(token, float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+class Worker(threading.Thread):
+    """The thread that computes: one step of each engine in turn, so that models do not fight for the cores."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        super().__init__(name="loadstone-worker", daemon=True)
+        self._engines, self._work, self._closing = engines, threading.Condition(), False
+        for engine in engines:
+            engine.wake = self._notify
+
+    def _notify(self) -> None:
+        with self._work:
+            self._work.notify()
+
+    def run(self) -> None:
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._closing or any(engine.busy for engine in self._engines))
+            if self._closing:
+                break
+            for engine in self._engines:
+                if engine.busy:
+                    engine.step()
+        for engine in self._engines:
+            engine.close("the server is shutting down.")
+
+    def close(self, timeout: float | None = None) -> None:
+        """End what runs, and wait for the thread."""
+        with self._work:
+            self._closing = True
+            self._work.notify()
+        self.join(timeout)
+
+

@@ -1,0 +1,199 @@
+"""The running batch: every answer is the one that the request gets alone, whoever joins and leaves meanwhile."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from loadstone.errors import LoadstoneError
+from loadstone.generate import generate
+from loadstone.model import GPT
+from loadstone.sampling import Sampling
+from loadstone.serve import engine as engine_file
+from loadstone.serve.engine import End, Engine, Full, Job, Token, Worker
+from small_gpt import small_gpt, small_llama, small_neox
+
+MODELS = {"gpt2": small_gpt, "llama": small_llama, "neox": small_neox}
+
+
+class Answer:
+    """What a job was told."""
+
+    def __init__(self, ids: list[int], new: int = 8, **options: Any) -> None:
+        self.told: list[Token | End] = []
+        self.job = Job(ids, self.told.append, new, **options)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [each.id for each in self.told if isinstance(each, Token)]
+
+    @property
+    def end(self) -> End | None:
+        ends = [each for each in self.told if isinstance(each, End)]
+        assert len(ends) < 2
+        assert not ends or isinstance(self.told[-1], End)
+        return ends[0] if ends else None
+
+
+def prompts(n: int, seed: int = 0) -> list[list[int]]:
+    source = random.Random(seed)
+    shared = [source.randrange(61) for _ in range(17)]
+    made = [[source.randrange(61) for _ in range(source.randrange(1, 12))] for _ in range(n)]
+    return [shared[: source.choice((0, 17))] + ids[:6] for ids in made]
+
+
+def run(engine: Engine) -> int:
+    steps = 0
+    while engine.busy:
+        engine.step()
+        steps += 1
+    return steps
+
+
+def alone(model: GPT, answer: Answer) -> tuple[list[int], str]:
+    job = answer.job
+    (found,) = generate(
+        model, [list(job.ids)], max_new_tokens=job.max_new_tokens, sampling=job.sampling, seed=job.seed,
+        stop_ids=job.stop_ids,
+    )  # fmt: skip
+    return found.ids, found.finish
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("piece", [1, 5, 256])
+def test_each_answer_is_the_one_it_would_be_alone(family: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_file, "PIECE", piece)
+    model = MODELS[family]()
+    engine = Engine(model, rows=4, waiting=99)
+    source = random.Random(1)
+    answers = []
+    for number, ids in enumerate(prompts(30)):
+        sampling = Sampling(temperature=1.2, top_k=30) if number % 3 == 0 else Sampling()
+        stop = frozenset(source.sample(range(61), 4))
+        answers.append(Answer(ids, source.randrange(1, 12), sampling=sampling, seed=number, stop_ids=stop))
+        engine.submit(answers[-1].job)
+        for _ in range(source.randrange(4)):
+            engine.step()
+    run(engine)
+    assert engine.slots.busy == 0
+    for answer in answers:
+        assert answer.end
+        assert (answer.tokens, answer.end.reason) == alone(model, answer)
+    assert {answer.end.reason for answer in answers if answer.end} == {"stop", "length", "context"}
+    assert any(answer.job.known for answer in answers)
+
+
+def test_a_long_prompt_does_not_keep_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_file, "PIECE", 4)
+    engine = Engine(small_gpt(), rows=2)
+    first, second = Answer([1, 2], 10), Answer(list(range(20)), 2)
+    engine.submit(first.job)
+    engine.step()
+    engine.submit(second.job)
+    engine.step()
+    engine.step()
+    assert (len(first.tokens), len(second.tokens)) == (3, 0)
+    run(engine)
+    assert second.tokens == alone(engine.model, second)[0]
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    model = small_gpt()
+    engine = Engine(model)
+    answer = Answer([3, 4, 5], 3, logprobs=2, sampling=Sampling(temperature=2.0, top_k=1))
+    engine.submit(answer.job)
+    run(engine)
+    ids = [3, 4, 5]
+    for token in answer.told[:-1]:
+        assert isinstance(token, Token)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-5)
+        assert [i for i, _ in token.top] == expected.topk(2).indices.tolist()
+        ids.append(token.id)
+
+
+def test_a_client_that_left_frees_its_row_at_the_next_step() -> None:
+    engine = Engine(small_gpt(), rows=1)
+    gone, waits, never = Answer([1], 20), Answer([2], 2), Answer([3], 2)
+    for answer in (gone, waits, never):
+        engine.submit(answer.job)
+    engine.step()
+    never.job.cancelled = gone.job.cancelled = True
+    engine.step()
+    assert gone.end == never.end == End("cancelled") or never.end is None
+    assert waits.tokens
+    run(engine)
+    assert never.end == End("cancelled")
+    assert not never.tokens
+
+
+def test_time_is_over_while_it_waits_and_while_it_runs() -> None:
+    engine = Engine(small_gpt(), rows=1)
+    runs, waits = Answer([1], 20, deadline=time.monotonic() + 0.05), Answer([2], 2, deadline=time.monotonic() + 0.05)
+    engine.submit(runs.job)
+    engine.submit(waits.job)
+    engine.step()
+    time.sleep(0.06)
+    run(engine)
+    for answer in (runs, waits):
+        assert answer.end
+        assert answer.end.reason == "error"
+        assert "time" in answer.end.error
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = Engine(small_gpt(), rows=1, waiting=2)
+    for _ in range(2):
+        engine.submit(Answer([1]).job)
+    with pytest.raises(Full):
+        engine.submit(Answer([1]).job)
+    engine.step()
+    engine.submit(Answer([1]).job)
+
+
+@pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([61], "outside"), ([1] * 25, "the context is 24")])
+def test_prompts_that_cannot_be_answered_are_refused_at_once(ids: list[int], message: str) -> None:
+    with pytest.raises(LoadstoneError, match=message):
+        Engine(small_gpt()).submit(Answer(ids).job)
+
+
+def test_a_failed_step_ends_its_requests_and_nothing_of_it_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small_gpt(), rows=2)
+    before = Answer([5] * 18, 1)
+    engine.submit(before.job)
+    broken = small_gpt().hidden
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.model, "hidden", fail)
+    engine.step()
+    assert before.end == End("error", "RuntimeError: out of memory")
+    monkeypatch.undo()
+    after = Answer([5] * 18, 3)
+    engine.submit(after.job)
+    run(engine)
+    assert broken
+    assert after.job.known == 0
+    assert after.tokens == alone(engine.model, after)[0]
+
+
+def test_one_thread_for_several_models_ends_everything_when_it_closes() -> None:
+    engines = [Engine(small_gpt(), rows=2), Engine(small_llama(), rows=2)]
+    worker = Worker(engines)
+    worker.start()
+    answers = [Answer(ids, 4) for ids in prompts(8)]
+    for number, answer in enumerate(answers):
+        engines[number % 2].submit(answer.job)
+    until = time.monotonic() + 30
+    while not all(answer.end for answer in answers) and time.monotonic() < until:
+        time.sleep(0.01)
+    for number, answer in enumerate(answers):
+        assert answer.tokens == alone(engines[number % 2].model, answer)[0]
+    worker.close(30)
+    assert not worker.is_alive()
