@@ -116,8 +116,10 @@ class Engine:
         self.wake()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run something else with the model between two steps."""
+        """Run something else with the model between two steps. Raises Full."""
         with self._lock:
+            if len(self._calls) >= self.waiting:
+                raise Full(f"{len(self._calls)} requests are waiting already.")
             self._calls.append(function)
         self.wake()
 
@@ -219,7 +221,7 @@ class Engine:
             return End("error", str(error))
         if token in row.job.stop_ids:
             return End("stop")
-        row.job.deliver(_described(token, logits_V, row.job.logprobs))
+        row.job.deliver(described(token, logits_V, row.job.logprobs))
         row.history.append(token)
         row.todo.append(token)
         row.made += 1
@@ -245,7 +247,8 @@ def _over(job: Job) -> End:
     return End("cancelled") if job.cancelled else End("error", "the time for this request is over.")
 
 
-def _described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
+def described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
+    """A token with its log-probability and the `wanted` likeliest; None for neither."""
     if wanted is None:
         return Token(token)
     logprobs_V = logits_V.float().log_softmax(dim=-1)
