@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import LoadstoneError
+from ..generate import check_prompt
 from ..model import GPT
 from ..tokenizer import Tokenizer
 from .engine import Engine
@@ -49,6 +50,12 @@ class Served:
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]  # an empty prompt asks for any text at all
         return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises LoadstoneError for token ids that the model cannot read at once."""
+        check_prompt(ids, self.model.config)
+        if len(ids) > self.context:
+            raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.context}.")
 
     def encode_chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:

@@ -1,0 +1,117 @@
+"""The server: routes, limits around them, errors in OpenAI's form, a start and an end without lost requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from .._version import __version__
+from ..errors import LoadstoneError
+from .answers import Failed
+from .engine import Full, Worker
+from .limits import Limits
+from .metrics import Metrics
+from .routes import routes
+from .served import Models, Served, Unknown
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    Attributes:
+        api_key: asked for on every path but /health; None asks for nothing.
+        timeout: seconds that an answer may take.
+        body_limit: bytes of a request.
+        origins: web pages of other servers that may call (CORS).
+        drain: seconds that running answers may still take once the server is told to end.
+    """
+
+    api_key: str | None = None
+    timeout: float = 600.0
+    body_limit: int = 4 << 20
+    origins: Sequence[str] = ()
+    drain: float = 30.0
+
+
+def create_app(served: Sequence[Served], settings: Settings | None = None) -> FastAPI:
+    """The application; its thread that computes runs from start to end of the application's life."""
+    settings = settings or Settings()
+    models, metrics = Models(served), Metrics(served)
+    worker = Worker([each.engine for each in served])
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        until = asyncio.get_running_loop().time() + settings.drain
+        while any(each.engine.busy for each in served) and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(worker.close, 30)
+
+    app = FastAPI(title="Loadstone", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.include_router(routes(models, metrics, timeout=settings.timeout))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive = worker.is_alive()
+        content = {"status": "ok" if alive else "error", "models": list(models.all)}
+        return JSONResponse(content, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    _errors(app)
+    app.add_middleware(Limits, api_key=settings.api_key, body_limit=settings.body_limit, metrics=metrics)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+def _errors(app: FastAPI) -> None:
+    """Every error is OpenAI's object, and none shows a traceback."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return failure(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return failure(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(LoadstoneError)
+    async def refused(_: Request, error: LoadstoneError) -> JSONResponse:
+        if isinstance(error, Full):
+            return failure(429, str(error), kind="rate_limit_exceeded", headers={"Retry-After": "1"})
+        if isinstance(error, Unknown):
+            return failure(404, str(error), code="model_not_found")
+        if isinstance(error, Failed):
+            return failure(500, str(error), kind="server_error")
+        return failure(400, str(error))
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return failure(500, f"the server failed: {type(error).__name__}.", kind="server_error")
+
+
+def failure(
+    status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
+    code: str | None = None, headers: Any = None,
+) -> JSONResponse:  # fmt: skip
+    """OpenAI's error object."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers=headers)
