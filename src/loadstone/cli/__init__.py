@@ -15,7 +15,7 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, run, train, write
+from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, run, serve, train, write
 from .options import spread
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
-    *(run.generate, run.chat, write.convert, fetch.pull),
+    *(run.generate, run.chat, serve.serve, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
 )
 for _verb in VERBS:
