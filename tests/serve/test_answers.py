@@ -10,7 +10,7 @@ import pytest
 from extendable import KNOWN, gpt2_like, hostile
 from loadstone.generate import generate_texts
 from loadstone.sampling import Sampling
-from loadstone.serve.answers import Answer, Failed, Piece, Wish
+from loadstone.serve.answers import Answer, FailedError, Piece, Wish
 from loadstone.serve.engine import Engine, Worker
 
 PROMPT = "The cat's hat; the dog's 12 bones"
@@ -80,5 +80,5 @@ def test_an_answer_that_nobody_reads_on_is_cancelled(engine: Engine) -> None:
 
 
 def test_time_is_over(engine: Engine) -> None:
-    with pytest.raises(Failed, match="time for this request"):
+    with pytest.raises(FailedError, match="time for this request"):
         ask(engine, wish(), timeout=0)

@@ -18,7 +18,7 @@ from ..tokenizer import Tokenizer
 from .engine import End, Engine, Job, Token
 
 
-class Failed(LoadstoneError):
+class FailedError(LoadstoneError):
     """An answer that was begun cannot be ended."""
 
 
@@ -47,7 +47,7 @@ class Wish:
 class Answer:
     """One answer. Iterate over it once; afterwards `made` tells how many tokens it took.
 
-    Raises engine.Full, and LoadstoneError for what cannot be asked, when it is created; Failed while iterating.
+    Raises FullError, and LoadstoneError for what cannot be asked, when it is created; FailedError while iterating.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, wish: Wish, *, timeout: float) -> None:
@@ -75,7 +75,7 @@ class Answer:
                 event = await self._told.get()
                 if isinstance(event, End):
                     if event.reason == "error":
-                        raise Failed(event.error)
+                        raise FailedError(event.error)
                     yield Piece(self._text.flush(), held, "length" if event.reason == "context" else event.reason)
                     return
                 self.made += 1

@@ -1,4 +1,4 @@
-"""The server: routes, limits around them, errors in OpenAI's form, a start and an end without lost requests."""
+"""The server: routes, limits around them, errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from ..errors import LoadstoneError
-from .answers import Failed
-from .engine import Full, Worker
+from .answers import FailedError
+from .engine import FullError, Worker
 from .limits import Limits
+from .looking import looking
 from .metrics import Metrics
+from .page import page
 from .routes import routes
-from .served import Models, Served, Unknown
+from .served import Models, Served, UnknownModelError
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,15 @@ class Settings:
     Attributes:
         api_key: asked for on every path but /health; None asks for nothing.
         timeout: seconds that an answer may take.
-        body_limit: bytes of a request.
+        body_limit: bytes of a request; it must come within `body_timeout` seconds.
         origins: web pages of other servers that may call (CORS).
-        drain: seconds that running answers may still take once the server is told to end.
     """
 
     api_key: str | None = None
     timeout: float = 600.0
     body_limit: int = 4 << 20
+    body_timeout: float = 60.0
     origins: Sequence[str] = ()
-    drain: float = 30.0
 
 
 def create_app(served: Sequence[Served], settings: Settings | None = None) -> FastAPI:
@@ -53,13 +54,12 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     async def life(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        until = asyncio.get_running_loop().time() + settings.drain
-        while any(each.engine.busy for each in served) and asyncio.get_running_loop().time() < until:
-            await asyncio.sleep(0.05)
         await asyncio.to_thread(worker.close, 30)
 
     app = FastAPI(title="Loadstone", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.include_router(routes(models, metrics, timeout=settings.timeout))
+    app.include_router(looking(models))
+    app.include_router(page())
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -72,7 +72,10 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     _errors(app)
-    app.add_middleware(Limits, api_key=settings.api_key, body_limit=settings.body_limit, metrics=metrics)
+    app.add_middleware(
+        Limits, api_key=settings.api_key, body_limit=settings.body_limit, body_timeout=settings.body_timeout,
+        metrics=metrics,
+    )  # fmt: skip
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -95,11 +98,11 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(LoadstoneError)
     async def refused(_: Request, error: LoadstoneError) -> JSONResponse:
-        if isinstance(error, Full):
+        if isinstance(error, FullError):
             return failure(429, str(error), kind="rate_limit_exceeded", headers={"Retry-After": "1"})
-        if isinstance(error, Unknown):
+        if isinstance(error, UnknownModelError):
             return failure(404, str(error), code="model_not_found")
-        if isinstance(error, Failed):
+        if isinstance(error, FailedError):
             return failure(500, str(error), kind="server_error")
         return failure(400, str(error))
 

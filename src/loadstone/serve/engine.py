@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ from .slots import Slots
 
 PIECE = 256  # tokens of prompts that are read between two steps
 
+Result = TypeVar("Result")
+Task = Generator[None, None, Result]  # other work for a model: it yields wherever a step may come in between
+
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was chosen, its log-probability (of the model, before temperature and filters), and the likeliest."""
+    """A token that was chosen, its log-probability (the model's, before temperature and filters), and the likeliest."""
 
     id: int
     logprob: float | None = None
@@ -70,7 +73,7 @@ class Job:
     known: int = 0
 
 
-class Full(LoadstoneError):
+class FullError(LoadstoneError):
     """As many requests wait as may. Try again later."""
 
 
@@ -99,33 +102,33 @@ class Engine:
         self.model, self.waiting, self.n_tokens = model, waiting, n_tokens
         self.slots = Slots(model, rows, length or model.config.context_length)
         self._queue: deque[Job] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._tasks: deque[Iterator[None]] = deque()
         self._rows: list[_Row] = []
         self._lock = threading.Lock()
         self.wake: Callable[[], None] = lambda: None  # set by the Worker
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Raises Full, and LoadstoneError for a prompt that cannot be answered."""
+        """Queue a request. Raises FullError, and LoadstoneError for a prompt that cannot be answered."""
         check_prompt(job.ids, self.model.config)
         if len(job.ids) > self.slots.length:
             raise LoadstoneError(f"the prompt has {len(job.ids)} tokens, but the context is {self.slots.length}.")
         with self._lock:
             if len(self._queue) >= self.waiting:
-                raise Full(f"{len(self._queue)} requests are waiting already.")
+                raise FullError(f"{len(self._queue)} requests are waiting already.")
             self._queue.append(job)
         self.wake()
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Run something else with the model between two steps. Raises Full."""
+    def add(self, task: Iterator[None]) -> None:
+        """Take steps of other work too, one between two of the batch's. It must not raise. Raises FullError."""
         with self._lock:
-            if len(self._calls) >= self.waiting:
-                raise Full(f"{len(self._calls)} requests are waiting already.")
-            self._calls.append(function)
+            if len(self._tasks) >= self.waiting:
+                raise FullError(f"{len(self._tasks)} requests are waiting already.")
+            self._tasks.append(task)
         self.wake()
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._queue or self._calls)
+        return bool(self._rows or self._queue or self._tasks)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -135,8 +138,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every row. Whatever fails ends the requests that it concerns, never the thread."""
-        while self._calls:
-            self._calls.popleft()()
+        self._advance()
         self._leave()
         self._join()
         if not self._rows:
@@ -144,7 +146,7 @@ class Engine:
         try:
             self._read()
             self._write()
-        except Exception as error:  # noqa: BLE001  the batch is lost, the server is not
+        except Exception as error:
             self._fail(error)
 
     def close(self, reason: str) -> None:
@@ -153,6 +155,16 @@ class Engine:
             job.deliver(End("error", reason))
         while self._rows:
             self._end(0, None)
+
+    def _advance(self) -> None:
+        """One step of other work; those who wait for theirs take turns."""
+        if self._tasks:
+            task = self._tasks.popleft()
+            try:
+                next(task)
+            except StopIteration:
+                return
+            self._tasks.append(task)
 
     def _waiting(self) -> Iterator[Job]:
         while self._queue:
@@ -253,7 +265,8 @@ def described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
         return Token(token)
     logprobs_V = logits_V.float().log_softmax(dim=-1)
     top = logprobs_V.topk(min(wanted, len(logprobs_V)))
-    return Token(token, float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Token(token, float(logprobs_V[token]), tuple(pair for pair in pairs if pair[1] > -torch.inf))
 
 
 class Worker(threading.Thread):
@@ -287,5 +300,3 @@ class Worker(threading.Thread):
             self._closing = True
             self._work.notify()
         self.join(timeout)
-
-

@@ -2,75 +2,100 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import time
 from typing import TYPE_CHECKING
+
+from .page import FILES
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .metrics import Metrics
 
-OPEN = ("/health",)  # for whoever watches whether the server lives
+OPEN = ("/health", *FILES)  # for whoever watches whether the server lives; the page, which then asks for the key
 
 
 class Limits:
-    """ASGI middleware; refuses before a body is read, and stops reading where it grows too long."""
+    """ASGI middleware; refuses before a body is read, and stops reading one that is too long or comes too slowly."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, body_limit: int, metrics: Metrics) -> None:
-        self.app, self.body_limit, self.metrics = app, body_limit, metrics
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, body_limit: int, body_timeout: float, metrics: Metrics
+    ) -> None:
+        self.app, self.body_limit, self.body_timeout, self.metrics = app, body_limit, body_timeout, metrics
         self.key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, read, begun = 500, 0, False
+        status = 500
 
         async def counted(message: Message) -> None:
-            nonlocal status, begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, begun = message["status"], True
+                status = message["status"]
             await send(message)
 
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.body_limit:
-                raise _TooLong
-            return message
-
-        headers = dict(scope["headers"])
         try:
-            if self.key is not None and scope["path"] not in OPEN and not self._knows(headers.get(b"authorization", b"")):
-                await _refuse(counted, 401, "the API key is missing or wrong: Authorization: Bearer KEY.")
-            elif int(headers.get(b"content-length", b"0") or 0) > self.body_limit:
-                raise _TooLong
-            else:
-                await self.app(scope, limited, counted)
-        except (_TooLong, ValueError) as error:
-            if begun or not isinstance(error, _TooLong):
-                raise
-            await _refuse(counted, 413, f"the request is longer than {self.body_limit:,} bytes.")
+            await self._serve(scope, self._limited(receive), counted)
+        except _RefusedError as refused:
+            await _refuse(counted, refused)
         finally:
             route = scope.get("route")
             self.metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if self.key is not None and scope["path"] not in OPEN and not self._knows(headers.get(b"authorization", b"")):
+            raise _RefusedError(401, "the API key is missing or wrong: Authorization: Bearer KEY.")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > self.body_limit:
+            raise self._too_long()
+        await self.app(scope, receive, send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The same, while the body comes; afterwards what is received is that the client has gone, whenever it does."""
+        read, ended = 0, False
+        until = time.monotonic() + self.body_timeout
+
+        async def limited() -> Message:
+            nonlocal read, ended
+            if ended:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
+            except asyncio.TimeoutError:
+                raise _RefusedError(408, f"the request's body did not come within {self.body_timeout:g} s.") from None
+            read += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            if read > self.body_limit:
+                raise self._too_long()
+            return message
+
+        return limited
 
     def _knows(self, given: bytes) -> bool:
         scheme, _, key = given.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key or b"")
 
+    def _too_long(self) -> _RefusedError:
+        return _RefusedError(413, f"the request is longer than {self.body_limit:,} bytes.")
 
-class _TooLong(Exception):
-    pass
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+async def _refuse(send: Send, refused: _RefusedError) -> None:
+    kind = "authentication_error" if refused.status == 401 else "invalid_request_error"
+    body = json.dumps({"error": {"message": str(refused), "type": kind, "param": None, "code": None}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
+    if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from .openai import Reply
+    from .reply import Reply
     from .served import Served
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -19,20 +20,20 @@ class Metrics:
     """Counters of one server; a registry of its own, so that several can live in one process."""
 
     def __init__(self, served: Iterable[Served]) -> None:
-        self._registry = CollectorRegistry()
-        by_model = {"labelnames": ["model"], "registry": self._registry}
-        self.requests = Counter(
-            "loadstone_requests_total", "HTTP requests by path and status.", ["path", "status"], registry=self._registry
+        self._registry = registry = CollectorRegistry()
+        model = ["model"]
+        self.requests = Counter("loadstone_requests_total", "HTTP requests.", ["path", "status"], registry=registry)
+        self.read = Counter("loadstone_prompt_tokens_total", "Tokens of prompts.", model, registry=registry)
+        self.known = Counter("loadstone_prompt_tokens_known_total", "Of these, known.", model, registry=registry)
+        self.made = Counter("loadstone_generated_tokens_total", "Tokens generated.", model, registry=registry)
+        self.first = Histogram(
+            "loadstone_first_token_seconds", "Until a stream's first event.", model, registry=registry, buckets=SECONDS
         )
-        self.read = Counter("loadstone_prompt_tokens_total", "Tokens of prompts, known ones included.", **by_model)
-        self.known = Counter("loadstone_prompt_tokens_known_total", "Of these, not read again.", **by_model)
-        self.made = Counter("loadstone_generated_tokens_total", "Tokens generated.", **by_model)
-        self.first = Histogram("loadstone_first_token_seconds", "Until a stream's first event.", buckets=SECONDS, **by_model)
-        running = Gauge("loadstone_running", "Requests in the batch.", **by_model)
-        waiting = Gauge("loadstone_waiting", "Requests that wait for a row.", **by_model)
+        running = Gauge("loadstone_running", "Requests in the batch.", model, registry=registry)
+        waiting = Gauge("loadstone_waiting", "Requests that wait for a row.", model, registry=registry)
         for each in served:
-            running.labels(each.name).set_function(lambda engine=each.engine: engine.load[0])
-            waiting.labels(each.name).set_function(lambda engine=each.engine: engine.load[1])
+            running.labels(each.name).set_function(partial(_load, each, 0))
+            waiting.labels(each.name).set_function(partial(_load, each, 1))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -55,3 +56,7 @@ class Metrics:
                 yield event
         finally:
             self.ended(served, reply)
+
+
+def _load(served: Served, which: int) -> float:
+    return served.engine.load[which]

@@ -1,46 +1,82 @@
 """What a model makes of a text that is given: log-probabilities of its tokens, embeddings, attention.
 
+Each is a generator that reads a piece of the text, yields, and returns its result at the end, so that the running batch
+takes its steps in between.
+
 Shapes: T tokens, C d_model, V vocabulary, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..errors import LoadstoneError
 from ..model import GPT
-from .engine import Token, described
+from .answers import FailedError
+from .engine import PIECE, Task, Token, described
 
 CHUNK = 64  # rows of logits at one time
 
 
-def prompt_logprobs(ids: Sequence[int], wanted: int) -> Callable[[GPT], list[Token]]:
+def prompt_logprobs(model: GPT, ids: Sequence[int], wanted: int) -> Task[list[Token]]:
     """Each token but the first, given all before it, with the `wanted` likeliest at its place."""
-
-    @torch.inference_mode()
-    def run(model: GPT) -> list[Token]:
-        if len(ids) < 2:
-            return []
-        hidden_TC = model.hidden(torch.tensor([ids[:-1]], device=model.tok_emb.weight.device))[0]
-        found = []
-        for start in range(0, len(hidden_TC), CHUNK):
-            logits_TV = model.logits(hidden_TC[start : start + CHUNK])
-            targets = ids[start + 1 : start + 1 + CHUNK]
-            found += [described(token, logits_V, wanted) for token, logits_V in zip(targets, logits_TV, strict=True)]
-        return found
-
-    return run
+    found: list[Token] = []
+    for start, hidden_TC in _read(model, ids[:-1]):
+        for first in range(0, len(hidden_TC), CHUNK):
+            logits_TV = model.logits(hidden_TC[first : first + CHUNK])
+            if not torch.isfinite(logits_TV.amax()):
+                raise FailedError(
+                    "the model gives no finite scores: its weights are broken. `loadstone verify` tells which."
+                )
+            targets = ids[start + first + 1 :]
+            found += [described(token, logits_V, wanted) for token, logits_V in zip(targets, logits_TV, strict=False)]
+        yield
+    return found
 
 
-def embedding(ids: Sequence[int], pooling: str) -> Callable[[GPT], list[float]]:
+def embedding(model: GPT, ids: Sequence[int], pooling: str) -> Task[list[float]]:
     """The last hidden states [T, C] of a text as one vector [C]: their mean, or the last one. Not normalised."""
+    total_C, last_C = torch.zeros(model.config.d_model), torch.zeros(model.config.d_model)
+    for _, hidden_TC in _read(model, ids):
+        total_C, last_C = total_C + hidden_TC.float().sum(dim=0).cpu(), hidden_TC[-1].float().cpu()
+        yield
+    values: list[float] = (total_C / len(ids) if pooling == "mean" else last_C).tolist()
+    return values
 
-    @torch.inference_mode()
-    def run(model: GPT) -> list[float]:
-        hidden_TC = model.hidden(torch.tensor([ids], device=model.tok_emb.weight.device))[0].float()
-        vector_C = hidden_TC.mean(dim=0) if pooling == "mean" else hidden_TC[-1]
-        values: list[float] = vector_C.tolist()
-        return values
 
-    return run
+def attention(model: GPT, ids: Sequence[int], layer: int, head: int) -> Task[list[list[float]]]:
+    """The weights [T, T] of one head, each row up to its own token. Raises LoadstoneError if there is no such head."""
+    config = model.config
+    if not (layer < config.n_layers and head < config.n_heads):
+        raise LoadstoneError(
+            f"layer {layer}, head {head}: the model has {config.n_layers} layers of {config.n_heads} heads, from 0."
+        )
+    module: Any = model.blocks[layer].attn
+    found: list[Tensor] = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        # Values of 1 at one token and 0 elsewhere come out as its weight, whatever mask and scale there are.
+        ones = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
+        found.append(attend(q, k, ones, **options)[0, head])
+        return attend(q, k, v, **options)
+
+    attend = module.attend
+    module.attend = watched
+    try:
+        model.hidden(torch.tensor([ids], device=model.tok_emb.weight.device))
+    finally:
+        del module.attend
+    yield
+    return [row[: at + 1] for at, row in enumerate(found[0].float().tolist())]
+
+
+def _read(model: GPT, ids: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """(where it starts, hidden states [T, C]) of each piece of a text."""
+    cache = model.new_cache(1, len(ids)) if len(ids) > PIECE else None
+    for start in range(0, len(ids), PIECE):
+        piece = torch.tensor([ids[start : start + PIECE]], device=model.tok_emb.weight.device)
+        yield start, model.hidden(piece, cache)[0]

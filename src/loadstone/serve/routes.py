@@ -1,4 +1,4 @@
-"""The API: /v1/models, completions, chat, embeddings; /tokenize, /detokenize, /health, /metrics."""
+"""The API: /v1/models, completions, chat, embeddings; /tokenize, /detokenize."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..errors import LoadstoneError
 from .answers import Answer, Wish
+from .details import token_text
 from .engine import Token
+from .forms import Chats, Completions
 from .metrics import Metrics
-from .openai import Chats, Choice, Completions, Form, Reply, token_text
 from .prompts import embedding, prompt_logprobs
+from .reply import Choice, Form, Reply
 from .schema import Asked, ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Models, Served
 
@@ -38,10 +40,10 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         served = models.named(asked.model)
         texts = _prompts(asked.prompt)
-        prompts = [served.encode(text) for text in texts]
+        prompts = [await served.encode(text) for text in texts]
         echoed = await _echoed(served, asked, prompts)
         form = Completions(
-            served.tokenizer, asked.logprobs is not None,
+            served.tokenizer, asked.logprobs,
             [_echo(served, text) if asked.echo else "" for text in texts for _ in range(asked.n)],
             [tokens for tokens in echoed for _ in range(asked.n)],
         )  # fmt: skip
@@ -51,48 +53,44 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         served = models.named(asked.model)
-        prompt = served.encode_chat([message.as_turn() for message in asked.messages])
-        form = Chats(served.tokenizer, bool(asked.logprobs))
-        most = asked.most()
+        prompt = await served.encode_chat([message.as_turn() for message in asked.messages])
         wanted = (asked.top_logprobs or 0) if asked.logprobs else None
+        most = asked.most()
+        form = Chats(served.tokenizer, wanted)
         return await _reply(served, asked, form, [prompt], served.context if most is None else most, wanted, request)
 
     async def _reply(
         served: Served, asked: Asked, form: Form, prompts: Sequence[Sequence[int]], most: int, logprobs: int | None,
         request: Request,
     ) -> Response:  # fmt: skip
-        reply = Reply(served.name, form, [], sum(map(len, prompts)))
+        top = max((wanted for wanted in (logprobs, asked.details) if wanted is not None), default=None)
         seed = getrandbits(62) if asked.seed is None else asked.seed
-        choices: list[Choice] = []
-        try:
-            for prompt in prompts:
-                for number in range(asked.n):
-                    wish = Wish(
-                        prompt, most, asked.sampling(), asked.stops(), (seed + number) % 2**63, logprobs, served.ends
-                    )
-                    choices.append(Choice(len(choices), Answer(served.engine, served.tokenizer, wish, timeout=timeout)))
-        except LoadstoneError:
-            for choice in choices:
-                choice.answer.cancel()
-            raise
-        reply.choices = choices
-        metrics.began(served, reply)
+        wishes = [
+            Wish(prompt, most, asked.sampling(), asked.stops(), (seed + number) % 2**63, top, served.ends)
+            for prompt in prompts
+            for number in range(asked.n)
+        ]
+        choices = _choices(served, wishes, timeout)
+        reply = Reply(served.name, form, choices, prompts, None if asked.details is None else served.tokenizer)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(
                 metrics.watched(served, reply, reply.events(usage=usage)), media_type="text/event-stream",
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )  # fmt: skip
-        return JSONResponse(await _unless_gone(request, reply))
+        try:
+            return JSONResponse(await _unless_gone(request, reply))
+        finally:
+            metrics.ended(served, reply)
 
     @router.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
         served = models.named(asked.model)
-        prompts = [served.encode(text) for text in _prompts(asked.input)]
+        prompts = [await served.encode(text) for text in _prompts(asked.input)]
         data = []
         for index, ids in enumerate(prompts):
             served.check(ids)
-            vector = await served.between_steps(embedding(ids, asked.pooling))
+            vector = await served.between_steps(embedding(served.model, ids, asked.pooling))
             value: Any = vector
             if asked.encoding_format == "base64":
                 value = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
@@ -104,7 +102,9 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
         tokenizer = models.named(asked.model).tokenizer
-        ids = tokenizer.encode(asked.text, add_special=asked.add_special, parse_special=asked.parse_special)
+        ids = await asyncio.to_thread(
+            tokenizer.encode, asked.text, add_special=asked.add_special, parse_special=asked.parse_special
+        )
         return {"tokens": ids, "texts": [token_text(tokenizer, token) for token in ids], "count": len(ids)}
 
     @router.post("/detokenize")
@@ -118,7 +118,7 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
 def _card(served: Served) -> dict[str, Any]:
     return {
         "id": served.name, "object": "model", "created": served.created, "owned_by": "loadstone",
-        "context_length": served.context, "parameters": sum(p.numel() for p in served.model.parameters()),
+        "context_length": served.context, "parameters": served.parameters,
         "chat": served.tokenizer.chat_template is not None,
     }  # fmt: skip
 
@@ -141,8 +141,21 @@ async def _echoed(served: Served, asked: CompletionRequest, prompts: Sequence[Se
     found = []
     for ids in prompts:
         served.check(ids)
-        found.append([Token(ids[0]), *await served.between_steps(prompt_logprobs(ids, asked.logprobs))])
+        found.append([Token(ids[0]), *await served.between_steps(prompt_logprobs(served.model, ids, asked.logprobs))])
     return found
+
+
+def _choices(served: Served, wishes: Sequence[Wish], timeout: float) -> list[Choice]:
+    """All of them begun, or none."""
+    choices: list[Choice] = []
+    try:
+        for index, wish in enumerate(wishes):
+            choices.append(Choice(index, Answer(served.engine, served.tokenizer, wish, timeout=timeout)))
+    except LoadstoneError:
+        for choice in choices:
+            choice.answer.cancel()
+        raise
+    return choices
 
 
 async def _unless_gone(request: Request, reply: Reply) -> dict[str, Any]:

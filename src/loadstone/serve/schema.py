@@ -40,10 +40,17 @@ class Asked(Strict):
     stop: Stop = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    details: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_TOP,
+        description="Loadstone's own: describe each token under `details` (id, bytes, log-probability), beside so many "
+        "alternatives; and name the prompt's ids.",
+    )
     user: str | None = None
     # Known, and only the harmless value is taken:
-    presence_penalty: Literal[0, 0.0] | None = None
-    frequency_penalty: Literal[0, 0.0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def sampling(self) -> Sampling:
@@ -58,12 +65,15 @@ class Asked(Strict):
 
 
 class CompletionRequest(Asked):
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=128)] | Annotated[
-        list[TokenIds], Field(min_length=1, max_length=128)
-    ]
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=128)]
+    )
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
-    echo: bool = Field(False, description="The prompt comes before the answer, with its log-probabilities if asked for.")
+    echo: bool = Field(False, description="The prompt comes before the answer, with log-probabilities if asked for.")
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -103,9 +113,12 @@ class ChatRequest(Asked):
 
 class EmbeddingRequest(Strict):
     model: str | None = None
-    input: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=2048)] | Annotated[
-        list[TokenIds], Field(min_length=1, max_length=2048)
-    ]
+    input: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    )
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = Field("mean", description="Loadstone's own: of the last hidden states.")
     dimensions: None = None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
+from ..checkpoint.wording import size_text
 from ..errors import LoadstoneError
 from ..generate import check_prompt
 from ..model import GPT
 from ..tokenizer import Tokenizer
-from .engine import Engine
-
-Result = TypeVar("Result")
+from .engine import Engine, Result, Task
 
 
-class Unknown(LoadstoneError):
+class UnknownModelError(LoadstoneError):
     """No model of this name is served."""
 
 
@@ -41,12 +40,27 @@ class Served:
         return self.engine.slots.length
 
     @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def summary(self) -> str:
+        """One line: what is served, and the memory of its cache, which never grows."""
+        slots, config = self.engine.slots, self.model.config
+        proof = self.report.get("verify")
+        return (
+            f"{self.name}: {config.architecture}, {self.parameters:,} parameters, "
+            f"{'verified' if proof else 'NOT verified'}; {slots.rows} rows of {slots.length:,} tokens, "
+            f"{size_text(slots.kv.nbytes)} of cache"
+        )
+
+    @property
     def ends(self) -> frozenset[int]:
         return frozenset({*self.tokenizer.eos_ids, *self.model.config.eos_ids})
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt. Raises LoadstoneError if it has none, or ids that the model lacks."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    async def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt. In a thread: a long text takes a while, and others stream meanwhile."""
+        ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]  # an empty prompt asks for any text at all
         return ids
@@ -57,34 +71,37 @@ class Served:
         if len(ids) > self.context:
             raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.context}.")
 
-    def encode_chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
+    async def encode_chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise LoadstoneError(
                 f"{self.name} has no chat template, so it does not know messages. Ask it for a completion instead "
                 "(/v1/completions), or fine-tune it on chats (loadstone finetune --sft)."
             )
-        text = self.tokenizer.apply_chat(turns, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special=False, parse_special=True)
+        text = await asyncio.to_thread(self.tokenizer.apply_chat, turns, add_generation_prompt=True)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special=False, parse_special=True)
 
-    async def between_steps(self, function: Callable[[GPT], Result]) -> Result:
-        """What `function` gives for the model, run in the thread that computes."""
+    async def between_steps(self, task: Task[Result]) -> Result:
+        """What the task returns; it runs in the thread that computes, and ends where the client is gone."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def settle(result: Result | None, error: BaseException | None) -> None:
             if not future.done():
                 future.set_result(result) if error is None else future.set_exception(error)
 
-        def call() -> None:
-            if future.done():  # the client is gone
-                return
+        def steps() -> Iterator[None]:
+            result, error = None, None
             try:
-                result, error = function(self.model), None
-            except Exception as caught:  # noqa: BLE001  it belongs to the one who asked
-                result, error = None, caught
+                while not future.done():
+                    next(task)
+                    yield
+            except StopIteration as end:
+                result = end.value
+            except Exception as caught:
+                error = caught
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
-        self.engine.call(call)
+        self.engine.add(steps())
         return await future
 
 
@@ -95,11 +112,11 @@ class Models:
         self.all = {each.name: each for each in served}
 
     def named(self, name: str | None) -> Served:
-        """Raises Unknown; without a name, if there is more than one."""
+        """Raises UnknownModelError; without a name, if there is more than one."""
         if name is None and len(self.all) == 1:
             return next(iter(self.all.values()))
         if name is None:
-            raise Unknown(f"say which model: {', '.join(self.all)}.")
+            raise UnknownModelError(f"say which model: {', '.join(self.all)}.")
         if name not in self.all:
-            raise Unknown(f"there is no model {name[:200]!r} here; there is {', '.join(self.all)}.")
+            raise UnknownModelError(f"there is no model {name[:200]!r} here; there is {', '.join(self.all)}.")
         return self.all[name]

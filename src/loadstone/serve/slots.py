@@ -47,7 +47,7 @@ class Slots:
 
     @property
     def kv(self) -> Tensor:
-        """[layers, 2, N, K, S, D]"""
+        """The memory: [layers, 2, N, K, S, D]."""
         return self._cache.kv
 
     def admit(self, ids: Sequence[int]) -> int:
@@ -116,7 +116,7 @@ class Slots:
         self._copy(b, a, tokens)
         self.kv[:, :, b, :, :tokens] = kept
         for each in (self.held, self._used):
-            each[a], each[b] = each[b], each[a]  # type: ignore[index, assignment]
+            each[a], each[b] = each[b], each[a]  # type: ignore[assignment]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
