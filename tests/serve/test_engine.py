@@ -196,3 +196,24 @@ def test_one_thread_for_several_models_ends_everything_when_it_closes() -> None:
         assert answer.tokens == alone(engines[number % 2].model, answer)[0]
     worker.close(30)
     assert not worker.is_alive()
+
+
+def test_scores_that_are_not_finite_end_only_their_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small_gpt())
+    answers = [Answer([number, 7, 9], 4) for number in range(3)]
+    for answer in answers:
+        engine.submit(answer.job)
+    engine.step()
+    whole = engine.model.logits
+
+    def damaged(x: torch.Tensor) -> torch.Tensor:
+        logits_BV = whole(x)
+        logits_BV[1] = float("nan")
+        return logits_BV
+
+    monkeypatch.setattr(engine.model, "logits", damaged)
+    engine.step()
+    monkeypatch.undo()
+    run(engine)
+    assert [answer.end and answer.end.reason for answer in answers] == ["length", "error", "length"]
+    assert [answers[at].tokens for at in (0, 2)] == [alone(engine.model, answers[at])[0] for at in (0, 2)]

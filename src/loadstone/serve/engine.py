@@ -212,7 +212,8 @@ class Engine:
         logits_BV = self.model.logits(x_BTC[due, -1])
         if self.n_tokens is not None:
             logits_BV[:, self.n_tokens :] = -torch.inf
-        ended = [(at, end) for at, logits_V in zip(due, logits_BV, strict=True) if (end := self._choose(at, logits_V))]
+        chosen = self._choose([self._rows[at] for at in due], logits_BV)
+        ended = [(at, end) for at, given in zip(due, chosen, strict=True) if (end := self._give(self._rows[at], given))]
         for at, end in reversed(ended):  # the last first: a row that ends is replaced by one from behind
             self._end(at, end)
 
@@ -225,17 +226,29 @@ class Engine:
             del row.todo[: len(tokens)]
         return x_BTC
 
-    def _choose(self, at: int, logits_V: Tensor) -> End | None:
-        row = self._rows[at]
-        try:
-            (token,) = choose(logits_V[None], [row.history], row.job.sampling, [row.generator])
-        except LoadstoneError as error:
-            return End("error", str(error))
-        if token in row.job.stop_ids:
+    def _choose(self, rows: Sequence[_Row], logits_BV: Tensor) -> list[Token | End]:
+        """A token for each row, those with the same settings at once; an end for one without finite scores."""
+        given: list[Token | End] = [End("error", "the model gives no finite scores; see `loadstone verify`.")] * len(
+            rows
+        )
+        alike: dict[Sampling, list[int]] = {}
+        for at, finite in enumerate(logits_BV.amax(dim=-1).isfinite().tolist()):
+            if finite:
+                alike.setdefault(rows[at].job.sampling, []).append(at)
+        for sampling, members in alike.items():
+            histories, generators = [rows[at].history for at in members], [rows[at].generator for at in members]
+            for at, token in zip(members, choose(logits_BV[members], histories, sampling, generators), strict=True):
+                given[at] = described(token, logits_BV[at], rows[at].job.logprobs)
+        return given
+
+    def _give(self, row: _Row, given: Token | End) -> End | None:
+        if isinstance(given, End):
+            return given
+        if given.id in row.job.stop_ids:
             return End("stop")
-        row.job.deliver(described(token, logits_V, row.job.logprobs))
-        row.history.append(token)
-        row.todo.append(token)
+        row.job.deliver(given)
+        row.history.append(given.id)
+        row.todo.append(given.id)
         row.made += 1
         if row.made == row.job.max_new_tokens:
             return End("length")
