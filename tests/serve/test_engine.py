@@ -166,7 +166,6 @@ def test_a_failed_step_ends_its_requests_and_nothing_of_it_is_reused(monkeypatch
     engine = Engine(small_gpt(), rows=2)
     before = Answer([5] * 18, 1)
     engine.submit(before.job)
-    broken = small_gpt().hidden
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
