@@ -142,17 +142,19 @@ def test_time_is_over_while_it_waits_and_while_it_runs() -> None:
     run(engine)
     for answer in (runs, waits):
         assert answer.end
-        assert answer.end.reason == "error"
+        assert answer.end.reason == "timeout"
         assert "time" in answer.end.error
 
 
-def test_a_full_queue_refuses() -> None:
-    engine = Engine(small_gpt(), rows=1, waiting=2)
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_more_than_rows_and_queue_hold_is_refused(waiting: int) -> None:
+    engine = Engine(small_gpt(), rows=1, waiting=waiting)
+    for _ in range(1 + waiting):
+        engine.submit(Answer([1], 2).job)
     for _ in range(2):
-        engine.submit(Answer([1]).job)
-    with pytest.raises(FullError):
-        engine.submit(Answer([1]).job)
-    engine.step()
+        with pytest.raises(FullError):
+            engine.submit(Answer([1]).job)
+        engine.step()
     engine.submit(Answer([1]).job)
 
 

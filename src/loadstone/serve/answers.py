@@ -22,6 +22,10 @@ class FailedError(LoadstoneError):
     """An answer that was begun cannot be ended."""
 
 
+class LateError(FailedError):
+    """Its time was over first."""
+
+
 @dataclass
 class Piece:
     """Some text, perhaps none, and the tokens that came since the last piece; `finish` in the last one."""
@@ -74,8 +78,8 @@ class Answer:
             while True:
                 event = await self._told.get()
                 if isinstance(event, End):
-                    if event.reason == "error":
-                        raise FailedError(event.error)
+                    if event.reason in ("error", "timeout"):
+                        raise (LateError if event.reason == "timeout" else FailedError)(event.error)
                     yield Piece(self._text.flush(), held, "length" if event.reason == "context" else event.reason)
                     return
                 self.made += 1

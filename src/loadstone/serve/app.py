@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from ..errors import LoadstoneError
-from .answers import FailedError
+from .answers import FailedError, LateError
 from .engine import FullError, Worker
 from .limits import Limits
 from .looking import looking
@@ -71,7 +71,7 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    _errors(app)
+    _errors(app, models)
     app.add_middleware(
         Limits, api_key=settings.api_key, body_limit=settings.body_limit, body_timeout=settings.body_timeout,
         metrics=metrics,
@@ -83,14 +83,15 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     return app
 
 
-def _errors(app: FastAPI) -> None:
+def _errors(app: FastAPI, models: Models) -> None:
     """Every error is OpenAI's object, and none shows a traceback."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return failure(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+        said = first["msg"].removeprefix("Value error, ")
+        return failure(400, f"{where}: {said}" if where else said, param=where or None)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
@@ -98,13 +99,14 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(LoadstoneError)
     async def refused(_: Request, error: LoadstoneError) -> JSONResponse:
+        said = models.worded(error)
         if isinstance(error, FullError):
-            return failure(429, str(error), kind="rate_limit_exceeded", headers={"Retry-After": "1"})
+            return failure(429, said, kind="rate_limit_exceeded", headers={"Retry-After": "1"})
         if isinstance(error, UnknownModelError):
-            return failure(404, str(error), code="model_not_found")
+            return failure(404, said, code="model_not_found")
         if isinstance(error, FailedError):
-            return failure(500, str(error), kind="server_error")
-        return failure(400, str(error))
+            return failure(504 if isinstance(error, LateError) else 500, said, kind="server_error")
+        return failure(400, said)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:

@@ -41,7 +41,7 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """`stop` (an end token), `length`, `context`, `cancelled`, or `error` with what went wrong."""
+    """`stop` (an end token), `length`, `context`, `cancelled`, `timeout`, or `error` with what went wrong."""
 
     reason: str
     error: str = ""
@@ -109,19 +109,28 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a request. Raises FullError, and LoadstoneError for a prompt that cannot be answered."""
-        check_prompt(job.ids, self.model.config)
-        if len(job.ids) > self.slots.length:
-            raise LoadstoneError(f"the prompt has {len(job.ids)} tokens, but the context is {self.slots.length}.")
+        self.check(job.ids)
         with self._lock:
-            if len(self._queue) >= self.waiting:
+            if len(self._rows) + len(self._queue) >= self.most:
                 raise FullError(f"{len(self._queue)} requests are waiting already.")
             self._queue.append(job)
         self.wake()
 
+    @property
+    def most(self) -> int:
+        """Requests that may be here at the same time."""
+        return self.slots.rows + self.waiting
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises LoadstoneError for token ids that the model cannot read, or not at once."""
+        if len(ids) > self.slots.length:
+            raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.slots.length}.")
+        check_prompt(ids, self.model.config)
+
     def add(self, task: Iterator[None]) -> None:
         """Take steps of other work too, one between two of the batch's. It must not raise. Raises FullError."""
         with self._lock:
-            if len(self._tasks) >= self.waiting:
+            if len(self._tasks) > self.waiting:
                 raise FullError(f"{len(self._tasks)} requests are waiting already.")
             self._tasks.append(task)
         self.wake()
@@ -138,14 +147,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every row. Whatever fails ends the requests that it concerns, never the thread."""
-        self._advance()
-        self._leave()
-        self._join()
-        if not self._rows:
-            return
         try:
-            self._read()
-            self._write()
+            self._advance()
+            self._leave()
+            self._join()
+            if self._rows:
+                self._read()
+                self._write()
         except Exception as error:
             self._fail(error)
 
@@ -189,9 +197,18 @@ class Engine:
             elif job.max_new_tokens == 0:
                 job.deliver(End("length"))
             else:
-                job.known = self.slots.admit(job.ids)
-                generator = torch.Generator(self.model.tok_emb.weight.device).manual_seed(job.seed)
-                self._rows.append(_Row(job, generator, list(job.ids), list(job.ids[job.known :])))
+                self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        generator = torch.Generator(self.model.tok_emb.weight.device).manual_seed(job.seed)
+        row = _Row(job, generator, list(job.ids), list(job.ids))
+        try:
+            job.known = self.slots.admit(job.ids)
+        except Exception as error:
+            job.deliver(_failure(error))  # it has no row yet that could be ended
+            raise
+        del row.todo[: job.known]
+        self._rows.append(row)
 
     def _read(self) -> None:
         """Pieces of prompts, those that came first first; each leaves its last token to the step."""
@@ -263,13 +280,16 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         for at in range(len(self._rows)):
             self.slots.forget(at)
-        end = End("error", f"{type(error).__name__}: {error}")
         while self._rows:
-            self._end(len(self._rows) - 1, end)
+            self._end(len(self._rows) - 1, _failure(error))
+
+
+def _failure(error: Exception) -> End:
+    return End("error", f"{type(error).__name__}: {error}")
 
 
 def _over(job: Job) -> End:
-    return End("cancelled") if job.cancelled else End("error", "the time for this request is over.")
+    return End("cancelled") if job.cancelled else End("timeout", "the time for this request is over.")
 
 
 def described(token: int, logits_V: Tensor, wanted: int | None) -> Token:

@@ -53,7 +53,7 @@ def looking(models: Models) -> APIRouter:
         """Each token with its log-probability given those before it, beside the likeliest at its place."""
         served = models.named(asked.model)
         ids = await served.encode(asked.text)
-        served.check(ids)
+        served.engine.check(ids)
         tokens = [Token(ids[0]), *await served.between_steps(prompt_logprobs(served.model, ids, asked.top))]
         return {"model": served.name, "tokens": details(served.tokenizer, tokens)}
 
@@ -62,7 +62,7 @@ def looking(models: Models) -> APIRouter:
         """Row t: how much token t takes from tokens 0 .. t, in one head; the first MOST_TOKENS tokens of the text."""
         served = models.named(asked.model)
         ids = (await served.encode(asked.text))[:MOST_TOKENS]
-        served.check(ids)
+        served.engine.check(ids)
         rows = await served.between_steps(attention(served.model, ids, asked.layer, asked.head))
         return {
             "model": served.name, "layer": asked.layer, "head": asked.head,

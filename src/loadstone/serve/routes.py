@@ -89,7 +89,7 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
         prompts = [await served.encode(text) for text in _prompts(asked.input)]
         data = []
         for index, ids in enumerate(prompts):
-            served.check(ids)
+            served.engine.check(ids)
             vector = await served.between_steps(embedding(served.model, ids, asked.pooling))
             value: Any = vector
             if asked.encoding_format == "base64":
@@ -140,13 +140,15 @@ async def _echoed(served: Served, asked: CompletionRequest, prompts: Sequence[Se
         return [[] for _ in prompts]
     found = []
     for ids in prompts:
-        served.check(ids)
+        served.engine.check(ids)
         found.append([Token(ids[0]), *await served.between_steps(prompt_logprobs(served.model, ids, asked.logprobs))])
     return found
 
 
 def _choices(served: Served, wishes: Sequence[Wish], timeout: float) -> list[Choice]:
     """All of them begun, or none."""
+    if len(wishes) > served.engine.most:
+        raise LoadstoneError(f"{len(wishes)} answers at once, but {served.name} has room for {served.engine.most}.")
     choices: list[Choice] = []
     try:
         for index, wish in enumerate(wishes):

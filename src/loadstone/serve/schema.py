@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..sampling import Sampling
 
@@ -18,8 +18,23 @@ Stop = Text | Annotated[list[Text], Field(max_length=16)] | None
 MOST_TOP = 20  # alternatives beside each token, as OpenAI's chat has it
 
 
+def _refuse(value: Any) -> Any:
+    if value:
+        raise ValueError("not supported here; leave it out")
+    return value
+
+
+Unsupported = Annotated[Any, AfterValidator(_refuse)]  # only a value that asks for nothing is taken
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        """Null is as if left out, as with OpenAI; many clients send every field."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class StreamOptions(Strict):
@@ -47,11 +62,15 @@ class Asked(Strict):
         description="Loadstone's own: describe each token under `details` (id, bytes, log-probability), beside so many "
         "alternatives; and name the prompt's ids.",
     )
+    # What the answer does not depend on:
     user: str | None = None
-    # Known, and only the harmless value is taken:
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    logit_bias: Unsupported = None
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -75,7 +94,7 @@ class CompletionRequest(Asked):
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     echo: bool = Field(False, description="The prompt comes before the answer, with log-probabilities if asked for.")
     best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    suffix: Unsupported = None
 
 
 class Part(Strict):
@@ -101,11 +120,13 @@ class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_tokens: int | None = Field(None, ge=0)
     max_completion_tokens: int | None = Field(None, ge=0)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="Beside each token; only with `logprobs`.")
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
+    store: bool = False
+    tools: Unsupported = None
+    functions: Unsupported = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     def most(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -121,7 +142,7 @@ class EmbeddingRequest(Strict):
     )
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = Field("mean", description="Loadstone's own: of the last hidden states.")
-    dimensions: None = None
+    dimensions: Unsupported = None
     user: str | None = None
 
 

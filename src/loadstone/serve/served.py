@@ -9,7 +9,6 @@ from typing import Any
 
 from ..checkpoint.wording import size_text
 from ..errors import LoadstoneError
-from ..generate import check_prompt
 from ..model import GPT
 from ..tokenizer import Tokenizer
 from .engine import Engine, Result, Task
@@ -65,12 +64,6 @@ class Served:
             ids = [self.tokenizer.bos_id]  # an empty prompt asks for any text at all
         return ids
 
-    def check(self, ids: Sequence[int]) -> None:
-        """Raises LoadstoneError for token ids that the model cannot read at once."""
-        check_prompt(ids, self.model.config)
-        if len(ids) > self.context:
-            raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.context}.")
-
     async def encode_chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise LoadstoneError(
@@ -110,6 +103,13 @@ class Models:
 
     def __init__(self, served: Sequence[Served]) -> None:
         self.all = {each.name: each for each in served}
+
+    def worded(self, error: Exception) -> str:
+        """What it says, with a model's name in the place of its tokenizer's path here."""
+        text = str(error)
+        for name, served in self.all.items():
+            text = text.replace(str(served.tokenizer.source), name)
+        return text
 
     def named(self, name: str | None) -> Served:
         """Raises UnknownModelError; without a name, if there is more than one."""
