@@ -30,7 +30,7 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"plot", "extend", "scratch", "evaluate"},
-    {"chat", "compare"},
+    {"chat", "compare", "serve"},
     {"cli"},
     {"__init__", "__main__"},
 ]
