@@ -5,8 +5,9 @@ Source of the form: OpenAI's API reference; judged by the `openai` package (test
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..tokenizer import Tokenizer
@@ -33,7 +34,12 @@ class Completions:
     kind: str = "text_completion"
     chunk_kind: str = "text_completion"
     prefix: str = "cmpl"
-    offsets: dict[int, int] = field(default_factory=dict)  # by choice: characters of the tokens so far
+
+    def __post_init__(self) -> None:
+        # The tokens of a prompt may have more in front than its text has: a begin token, a space.
+        shown = [b"".join(self.tokenizer.token_bytes(token.id) for token in tokens) for tokens in self.echoed]
+        self._at = [len(text) - len(raw.decode(errors="replace")) for text, raw in zip(self.echoes, shown, strict=True)]
+        self._decoders = [getincrementaldecoder("utf-8")(errors="replace") for _ in self.echoes]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         text = self.echoes[choice.index] + choice.text
@@ -53,18 +59,18 @@ class Completions:
         return {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        texts = [token_text(self.tokenizer, token.id) for token in tokens]
-        offsets, at = [], self.offsets.get(index, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self.offsets[index] = at
         return {
-            "tokens": texts,
+            "tokens": [token_text(self.tokenizer, token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._offset(index, token.id) for token in tokens],
         }
+
+    def _offset(self, index: int, token: int) -> int:
+        """Where the next token of a choice begins, in whole characters of its text."""
+        at = max(self._at[index], 0)
+        self._at[index] += len(self._decoders[index].decode(self.tokenizer.token_bytes(token)))
+        return at
 
     def _top(self, token: Token) -> dict[str, float | None]:
         """The likeliest and the token itself by their texts; of two with the same text the likelier."""
