@@ -139,4 +139,5 @@ async def _pump(choice: Choice, queue: asyncio.Queue[tuple[int, Piece | Exceptio
 
 
 def _line(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    # In ASCII, as many clients take U+2028 and its like for the end of a line.
+    return f"data: {json.dumps(content)}\n\n"
