@@ -8,6 +8,8 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from starlette.exceptions import HTTPException
+
 from .page import FILES
 
 if TYPE_CHECKING:
@@ -85,17 +87,15 @@ class Limits:
         return _RefusedError(413, f"the request is longer than {self.body_limit:,} bytes.")
 
 
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+class _RefusedError(HTTPException):
+    """Of this class because FastAPI answers with 400 to whatever else comes up while it reads a body."""
 
 
 async def _refuse(send: Send, refused: _RefusedError) -> None:
-    kind = "authentication_error" if refused.status == 401 else "invalid_request_error"
-    body = json.dumps({"error": {"message": str(refused), "type": kind, "param": None, "code": None}}).encode()
+    kind = "authentication_error" if refused.status_code == 401 else "invalid_request_error"
+    body = json.dumps({"error": {"message": refused.detail, "type": kind, "param": None, "code": None}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refused.status == 401:
+    if refused.status_code == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": body})
