@@ -28,10 +28,7 @@ def prompt_logprobs(model: GPT, ids: Sequence[int], wanted: int) -> Task[list[To
     for start, hidden_TC in _read(model, ids[:-1]):
         for first in range(0, len(hidden_TC), CHUNK):
             logits_TV = model.logits(hidden_TC[first : first + CHUNK])
-            if not torch.isfinite(logits_TV.amax()):
-                raise FailedError(
-                    "the model gives no finite scores: its weights are broken. `loadstone verify` tells which."
-                )
+            _check(logits_TV.amax())
             targets = ids[start + first + 1 :]
             found += [described(token, logits_V, wanted) for token, logits_V in zip(targets, logits_TV, strict=False)]
         yield
@@ -44,7 +41,8 @@ def embedding(model: GPT, ids: Sequence[int], pooling: str) -> Task[list[float]]
     for _, hidden_TC in _read(model, ids):
         total_C, last_C = total_C + hidden_TC.float().sum(dim=0).cpu(), hidden_TC[-1].float().cpu()
         yield
-    values: list[float] = (total_C / len(ids) if pooling == "mean" else last_C).tolist()
+    vector_C = _check(total_C / len(ids) if pooling == "mean" else last_C)
+    values: list[float] = vector_C.tolist()
     return values
 
 
@@ -71,7 +69,14 @@ def attention(model: GPT, ids: Sequence[int], layer: int, head: int) -> Task[lis
     finally:
         del module.attend
     yield
-    return [row[: at + 1] for at, row in enumerate(found[0].float().tolist())]
+    return [row[: at + 1] for at, row in enumerate(_check(found[0]).float().tolist())]
+
+
+def _check(values: Tensor) -> Tensor:
+    """The same, if they are numbers. Raises FailedError."""
+    if not torch.isfinite(values).all():
+        raise FailedError("the model gives no finite numbers: its weights are broken. `loadstone verify` tells which.")
+    return values
 
 
 def _read(model: GPT, ids: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
