@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -64,8 +65,7 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     @app.get("/health")
     async def health() -> JSONResponse:
         alive = worker.is_alive()
-        content = {"status": "ok" if alive else "error", "models": list(models.all)}
-        return JSONResponse(content, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "error"}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -88,10 +88,12 @@ def _errors(app: FastAPI, models: Models) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        said = first["msg"].removeprefix("Value error, ")
-        return failure(400, f"{where}: {said}" if where else said, param=where or None)
+        wrong = _telling(error.errors())
+        if wrong["type"] == "json_invalid":
+            return failure(400, f"the body is not JSON: {wrong['ctx']['error']}, at character {wrong['loc'][-1]}.")
+        where = ".".join(str(part) for part in wrong["loc"][1:] if _named(part)) or None
+        said = wrong["msg"].removeprefix("Value error, ")
+        return failure(400, f"{where}: {said}" if where else said, param=where)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
@@ -111,6 +113,18 @@ def _errors(app: FastAPI, models: Models) -> None:
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
         return failure(500, f"the server failed: {type(error).__name__}.", kind="server_error")
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """The first error; if the value could be this or that (a text, ids), that of the reading that came furthest."""
+    place = tuple(takewhile(_named, errors[0]["loc"]))
+    same = [error for error in errors if error["loc"][: len(place)] == place]
+    return max(same, key=lambda e: (e["type"] == "too_long", [part for part in e["loc"] if isinstance(part, int)]))
+
+
+def _named(part: str | int) -> bool:
+    """A field or an index, and not pydantic's name for one of several types (`list[constrained-str]`)."""
+    return isinstance(part, int) or part.isidentifier()
 
 
 def failure(
