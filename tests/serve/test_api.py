@@ -83,12 +83,12 @@ def test_log_probabilities_are_the_models_own(server: Serving, client: OpenAI) -
     ids = server.models["small"].tokenizer.encode(PROMPTS[2])
     asked: Any = {"model": "small", "prompt": ids, "max_tokens": 8, "temperature": 0, "logprobs": 3}
     found = client.completions.create(**asked, extra_body={"details": 3}).choices[0]
-    made = [entry["id"] for entry in found.details]  # type: ignore[attr-defined]
+    made = [entry["id"] for entry in found.details]
     expected = own_logprobs(server, ids + made)[len(ids) - 1 : -1]
     assert found.logprobs
     assert found.logprobs.token_logprobs == pytest.approx(expected[range(8), made].tolist(), abs=1e-4)
-    assert [entry["logprob"] for entry in found.details] == found.logprobs.token_logprobs  # type: ignore[attr-defined]
-    for row, entry in zip(expected, found.details, strict=True):  # type: ignore[attr-defined]
+    assert [entry["logprob"] for entry in found.details] == found.logprobs.token_logprobs
+    for row, entry in zip(expected, found.details, strict=True):
         assert [top["id"] for top in entry["top"]] == row.topk(3).indices.tolist()
     assert found.logprobs.top_logprobs
     assert all(len(top) == 3 for top in found.logprobs.top_logprobs)
