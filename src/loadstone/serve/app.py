@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from .._version import __version__
 from ..errors import LoadstoneError
 from .answers import FailedError, LateError
+from .attended import GoneError
 from .engine import FullError, Worker
 from .limits import Limits
 from .looking import looking
@@ -106,6 +107,8 @@ def _errors(app: FastAPI, models: Models) -> None:
             return failure(429, said, kind="rate_limit_exceeded", headers={"Retry-After": "1"})
         if isinstance(error, UnknownModelError):
             return failure(404, said, code="model_not_found")
+        if isinstance(error, GoneError):
+            return failure(499, said)  # read by nobody but the metrics; nginx has this number for it
         if isinstance(error, FailedError):
             return failure(504 if isinstance(error, LateError) else 500, said, kind="server_error")
         return failure(400, said)

@@ -179,8 +179,13 @@ class Engine:
             yield self._queue.popleft()
 
     def _leave(self) -> None:
-        """Rows whose client is gone, or whose time is over."""
+        """Those whose client is gone, or whose time is over; who waits leaves too, and makes room in the queue."""
         now = time.monotonic()
+        with self._lock:
+            waiting = [(job, job.cancelled or now > job.deadline) for job in self._queue]
+            self._queue = deque(job for job, over in waiting if not over)
+        for job in (job for job, over in waiting if over):
+            job.deliver(_over(job))
         for at in reversed(range(len(self._rows))):
             job = self._rows[at].job
             if job.cancelled or now > job.deadline:
@@ -192,9 +197,7 @@ class Engine:
                 if not self._queue:
                     return
                 job = self._queue.popleft()
-            if job.cancelled or time.monotonic() > job.deadline:
-                job.deliver(_over(job))
-            elif job.max_new_tokens == 0:
+            if job.max_new_tokens == 0:
                 job.deliver(End("length"))
             else:
                 self._begin(job)

@@ -27,7 +27,7 @@ class Metrics:
         self.known = Counter("loadstone_prompt_tokens_known_total", "Of these, known.", model, registry=registry)
         self.made = Counter("loadstone_generated_tokens_total", "Tokens generated.", model, registry=registry)
         self.first = Histogram(
-            "loadstone_first_token_seconds", "Until a stream's first event.", model, registry=registry, buckets=SECONDS
+            "loadstone_first_token_seconds", "Until a stream's first token.", model, registry=registry, buckets=SECONDS
         )
         running = Gauge("loadstone_running", "Requests in the batch.", model, registry=registry)
         waiting = Gauge("loadstone_waiting", "Requests that wait for a row.", model, registry=registry)
@@ -50,7 +50,7 @@ class Metrics:
         began, first = time.perf_counter(), True
         try:
             async for event in events:
-                if first:
+                if first and any(choice.answer.made for choice in reply.choices):
                     self.first.labels(served.name).observe(time.perf_counter() - began)
                     first = False
                 yield event

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..errors import LoadstoneError
 from .answers import Answer, Wish
+from .attended import attended
 from .details import token_text
 from .engine import Token
 from .forms import Chats, Completions
@@ -41,7 +42,7 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
         served = models.named(asked.model)
         texts = _prompts(asked.prompt)
         prompts = [await served.encode(text) for text in texts]
-        echoed = await _echoed(served, asked, prompts)
+        echoed = await attended(request, _echoed(served, asked, prompts), timeout=timeout)
         form = Completions(
             served.tokenizer, asked.logprobs,
             [_echo(served, text) if asked.echo else "" for text in texts for _ in range(asked.n)],
@@ -79,23 +80,18 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )  # fmt: skip
         try:
-            return JSONResponse(await _unless_gone(request, reply))
+            return JSONResponse(await attended(request, reply.whole(), timeout=timeout))
         finally:
+            reply.cancel()
             metrics.ended(served, reply)
 
     @router.post("/v1/embeddings")
-    async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(asked: EmbeddingRequest, request: Request) -> dict[str, Any]:
         served = models.named(asked.model)
         prompts = [await served.encode(text) for text in _prompts(asked.input)]
-        data = []
-        for index, ids in enumerate(prompts):
-            served.engine.check(ids)
-            vector = await served.between_steps(embedding(served.model, ids, asked.pooling))
-            value: Any = vector
-            if asked.encoding_format == "base64":
-                value = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-            data.append({"object": "embedding", "index": index, "embedding": value})
+        data = await attended(request, _embedded(served, asked, prompts), timeout=timeout)
         used = sum(map(len, prompts))
+        metrics.read.labels(served.name).inc(used)
         usage = {"prompt_tokens": used, "total_tokens": used}
         return {"object": "list", "model": served.name, "data": data, "usage": usage}
 
@@ -145,6 +141,18 @@ async def _echoed(served: Served, asked: CompletionRequest, prompts: Sequence[Se
     return found
 
 
+async def _embedded(served: Served, asked: EmbeddingRequest, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    data = []
+    for index, ids in enumerate(prompts):
+        served.engine.check(ids)
+        vector = await served.between_steps(embedding(served.model, ids, asked.pooling))
+        value: Any = vector
+        if asked.encoding_format == "base64":
+            value = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": value})
+    return data
+
+
 def _choices(served: Served, wishes: Sequence[Wish], timeout: float) -> list[Choice]:
     """All of them begun, or none."""
     if len(wishes) > served.engine.most:
@@ -158,21 +166,3 @@ def _choices(served: Served, wishes: Sequence[Wish], timeout: float) -> list[Cho
             choice.answer.cancel()
         raise
     return choices
-
-
-async def _unless_gone(request: Request, reply: Reply) -> dict[str, Any]:
-    """The whole answer; if the client leaves before it is there, its rows are free at the next step."""
-
-    async def watch() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.1)
-
-    answering, watching = asyncio.create_task(reply.whole()), asyncio.create_task(watch())
-    try:
-        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            reply.cancel()
-        return await answering
-    finally:
-        reply.cancel()
-        watching.cancel()
