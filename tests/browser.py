@@ -19,6 +19,10 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-extensions", "--remote-debugging-pipe",
 )  # fmt: skip
+KEYS = {
+    "Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38,
+    "ArrowRight": 39, "ArrowDown": 40,
+}  # fmt: skip
 PATIENCE = 60.0  # seconds for one answer
 
 
@@ -67,12 +71,12 @@ class Browser:
                 return result
             self.events.append(answer)
 
-    def open(self, path: Path, width: int, scheme: str) -> None:
-        """Load a page at a width in CSS pixels, light or dark; `events` then holds what happened."""
+    def open(self, path: Path | str, width: int, scheme: str) -> None:
+        """Load a page (a file or a URL) at a width in CSS pixels, light or dark; `events` then holds what happened."""
         self.events.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.ask("Page.navigate", url=path.as_uri())
+        self.ask("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         while not self.happened("Page.loadEventFired"):
             self.events.append(self._receive())
 
@@ -84,6 +88,42 @@ class Browser:
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def until(self, expression: str, patience: float = PATIENCE) -> Any:
+        """What an expression gives as soon as that is true of something."""
+        end = time.monotonic() + patience
+        while not (found := self.value(expression)):
+            assert time.monotonic() < end, f"never: {expression}"
+            time.sleep(0.02)
+        return found
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self.ask("Input.insertText", text=text)
+
+    def press(self, key: str, times: int = 1, modifiers: int = 0) -> None:
+        """A key by its name (`Tab`, `ArrowRight`, `Enter`, `Escape`); modifiers: 2 for Control, 8 for Shift."""
+        code = KEYS[key]
+        text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
+        for _ in range(times):
+            for kind in ("keyDown", "keyUp"):
+                self.ask(
+                    "Input.dispatchKeyEvent", type=kind, key=key, code="Space" if key == " " else key,
+                    windowsVirtualKeyCode=code, modifiers=modifiers, **(text if kind == "keyDown" else {}),
+                )  # fmt: skip
+
+    def hover(self, selector: str) -> tuple[float, float]:
+        """The mouse onto the first line of the first element of a selector."""
+        place = f"document.querySelector({json.dumps(selector)})"
+        self.value(f"{place}.scrollIntoView({{block: 'center'}})")
+        x, y = self.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({place}.getClientRects()[0])")
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def click(self, selector: str) -> None:
+        x, y = self.hover(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
         shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True)

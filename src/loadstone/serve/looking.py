@@ -40,6 +40,7 @@ def looking(models: Models) -> APIRouter:
                 "layers": served.model.config.n_layers, "heads": served.model.config.n_heads,
                 "context": served.context, "chat": served.tokenizer.chat_template is not None,
                 "parameters": served.parameters, "architecture": served.model.config.architecture,
+                "ends": sorted(served.ends),
             }
             for name, served in models.all.items()
         }  # fmt: skip

@@ -1,4 +1,7 @@
-"""The page: three files, read once at the start. No request names a file."""
+"""The page: plain files, read once at the start. No request names a file.
+
+Why not as others do it: no framework and no build step, so what the browser runs is what lies in `static`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
+MODULES = (
+    "page", "api", "attention", "card", "column", "dom", "heatmap", "report", "strip", "surprisal", "tokens", "write",
+)  # fmt: skip
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+} | {f"/{name}.js": (f"{name}.js", "text/javascript") for name in MODULES}
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -1,7 +1,7 @@
 // The card of one token: its probability, and what else could have come. There is one card, beside the token pointed at.
 
 import { bits, byId, element, percent, rove } from "./dom.js";
-import { visible } from "./tokens.js";
+import { completed, visible } from "./tokens.js";
 
 const PATIENCE = 250; // milliseconds to reach the card with the mouse
 
@@ -28,15 +28,17 @@ class Card {
   /**
    * @param {HTMLElement} owner
    * @param {import("./tokens.js").Token} token
-   * @param {((alternative: object) => void)|null} choose what a click on an alternative does
+   * @param {{choose: ((alternative: object) => void)|null, before: number[]}} options
+   * `choose`: what a click on an alternative does; `before`: bytes of a character that the token may complete.
    */
-  show(owner, token, choose) {
+  show(owner, token, { choose, before }) {
     clearTimeout(this.#timer);
     if (this.owner === owner || (this.#pinned && this.place.contains(document.activeElement))) return;
     this.hide();
     this.owner = owner;
     owner.classList.add("pointed");
-    this.place.replaceChildren(...content(token, choose && ((alternative) => this.#choose(alternative, choose))));
+    const chosen = choose && ((alternative) => this.#choose(alternative, choose));
+    this.place.replaceChildren(...content(token, chosen, (each) => spelt(each, before)));
     this.place.setAttribute("aria-label", `${visible(token)}: what else could have come`);
     this.place.hidden = false;
     this.#move(owner);
@@ -45,6 +47,8 @@ class Card {
   /** It stays until Escape or a click elsewhere; by the keyboard, the focus goes into it. */
   pin(byKey) {
     this.#pinned = true;
+    const hides = getComputedStyle(this.place).position === "fixed";
+    if (hides) window.scrollBy(0, Math.max(0, this.owner.getBoundingClientRect().bottom - this.place.offsetTop + 8));
     if (byKey) (this.place.querySelector("button.choice") ?? this.place).focus();
   }
 
@@ -90,14 +94,20 @@ class Card {
   }
 }
 
-function content(token, choose) {
+/** A token's text; and the character that it completes, if it is only part of one. */
+function spelt(token, before) {
+  const whole = completed(before, token);
+  return visible(token) + (whole ? ` = ${whole}` : "");
+}
+
+function content(token, choose, name) {
   const known = token.top.some((each) => each.id === token.id);
   const rows = known || token.logprob == null ? token.top : [...token.top, token];
   const rest = 1 - rows.reduce((sum, each) => sum + Math.exp(each.logprob), 0);
-  const items = rows.map((each) => element("li", {}, row(each, each.id === token.id, choose)));
+  const items = rows.map((each) => element("li", {}, row(each, name(each), each.id === token.id, choose)));
   const others = element("li", {}, bar(element("div", { class: "choice others" }), "all others", Math.max(0, rest)));
   return [
-    element("p", { class: "headline" }, element("code", {}, visible(token)), ` ${facts(token)}`),
+    element("p", { class: "headline" }, element("code", {}, name(token)), ` ${facts(token)}`),
     element("ol", {}, ...items, ...(rest > 0.00005 ? [others] : [])),
     element("p", { class: "note" }, choose ? "Choose one, and the answer goes on from there." : "The model’s own probabilities."),
   ];
@@ -109,11 +119,11 @@ function facts(token) {
 }
 
 /** One alternative; the token that did come is no choice. */
-function row(each, came, choose) {
+function row(each, name, came, choose) {
   const probability = Math.exp(each.logprob);
-  if (came) return bar(element("div", { class: "choice came" }), `${visible(each)}`, probability, "came");
-  if (!choose) return bar(element("div", { class: "choice" }), visible(each), probability);
-  return bar(element("button", { class: "choice", type: "button", on: { click: () => choose(each) } }), visible(each), probability);
+  if (came) return bar(element("div", { class: "choice came" }), name, probability, "this one");
+  if (!choose) return bar(element("div", { class: "choice" }), name, probability);
+  return bar(element("button", { class: "choice", type: "button", on: { click: () => choose(each) } }), name, probability);
 }
 
 function bar(made, name, probability, note = "") {
