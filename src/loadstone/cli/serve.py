@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -39,7 +40,7 @@ def serve(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not prove first that it loaded right.")] = False,
 ) -> None:
     """Serve models: OpenAI's API at /v1, a page to look inside at /, figures at /metrics (docs/serve.md)."""
-    key = _key(api_key_file)
+    key, origins = _key(api_key_file), [_origin(given) for given in cors or ()]
     try:
         from ..serve import app as server
         from ..serve.opening import open_served
@@ -47,18 +48,18 @@ def serve(
     except ImportError as error:
         raise LoadstoneError(f'serve needs the extra `serve`: pip install "loadstone[serve]" ({error}).') from None
     named = _names(sources)
-    listening = listen(host, port)  # before anything is loaded
-    served = []
-    for name, source in named.items():
-        each = open_served(
-            name, *options.load(source), rows=rows, context=context, waiting=queue, proved=not no_verify
-        )  # fmt: skip
-        print(each.summary, file=sys.stderr)
-        served.append(each)
-    if key is None and host not in LOCAL:
-        print(f"note: no API key is asked for, and {host} can be reached by others: set {KEY}.", file=sys.stderr)
-    settings = server.Settings(api_key=key, timeout=timeout, body_limit=body_limit, origins=tuple(cors or ()))
-    run(server.create_app(served, settings), listening, drain=drain)
+    with listen(host, port) as listening:  # before anything is loaded
+        served = []
+        for name, source in named.items():
+            each = open_served(
+                name, *options.load(source), rows=rows, context=context, waiting=queue, proved=not no_verify
+            )  # fmt: skip
+            print(each.summary, file=sys.stderr)
+            served.append(each)
+        if key is None and host not in LOCAL:
+            print(f"note: no API key is asked for, and {host} can be reached by others: set {KEY}.", file=sys.stderr)
+        settings = server.Settings(api_key=key, timeout=timeout, body_limit=body_limit, origins=origins)
+        run(server.create_app(served, settings), listening, drain=drain)
 
 
 def _names(sources: list[str]) -> dict[str, str]:
@@ -74,9 +75,19 @@ def _names(sources: list[str]) -> dict[str, str]:
     return found
 
 
+def _origin(given: str) -> str:
+    """As browsers send it: scheme, host and port, and no slash at the end."""
+    parts = urlsplit(given)
+    if given != "*" and not (parts.netloc and given == f"{parts.scheme}://{parts.netloc}"):
+        raise LoadstoneError(f"--cors {given}: an origin is written as https://example.org or http://localhost:3000.")
+    return given
+
+
 def _key(file: Path | None) -> str | None:
     if file is None:
-        return os.environ.get(KEY) or None
+        if not (key := os.environ.get(KEY, "unset").strip()):
+            raise LoadstoneError(f"{KEY} is set, but there is no key in it: unset it, or give it one.")
+        return key if KEY in os.environ else None
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -59,6 +60,7 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
         await asyncio.to_thread(worker.close, 30)
 
     app = FastAPI(title="Loadstone", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.state.end = partial(worker.close, 0)  # ends what runs, with an error
     app.include_router(routes(models, metrics, timeout=settings.timeout))
     app.include_router(looking(models))
     app.include_router(page())

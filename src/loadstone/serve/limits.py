@@ -27,7 +27,7 @@ class Limits:
         self, app: ASGIApp, *, api_key: str | None, body_limit: int, body_timeout: float, metrics: Metrics
     ) -> None:
         self.app, self.body_limit, self.body_timeout, self.metrics = app, body_limit, body_timeout, metrics
-        self.key = None if api_key is None else api_key.encode()
+        self.key = None if api_key is None else api_key.encode(errors="surrogateescape")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from ..errors import LoadstoneError
 
 BACKLOG = 1024  # connections that may wait to be taken
+CUT = 2  # seconds after the drain in which errors go out
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's; an answer that takes longer than the drain ends with an error that says so, before it is cut off."""
+
+    def __init__(self, config: uvicorn.Config, drain: int, end: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain, self._end = drain, end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._drain, self._end)
+        await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -23,12 +38,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise LoadstoneError(f"cannot listen at {host}, port {port}: {error}. Another --port may be free.") from None
 
 
-def run(app: ASGIApp, listening: socket.socket, *, drain: int) -> None:
+def run(app: FastAPI, listening: socket.socket, *, drain: int) -> None:
     """Serve until SIGTERM or Ctrl-C; answers that run then have `drain` seconds. A second Ctrl-C ends at once."""
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving at http://{shown}:{port} (API: /v1; end with Ctrl-C)", file=sys.stderr, flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain, lifespan="on")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + CUT, lifespan="on"
+    )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended, which is no failure
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+    _Server(config, drain, app.state.end).run(sockets=[listening])
