@@ -15,10 +15,11 @@ from loadstone.serve.opening import open_served
 from loadstone.serve.served import Served
 from serving import Serving, serving, small
 
-CHECKS = [
+CHECKS: list[dict[str, Any]] = [
     {"name": "all values finite", "ok": False, "detail": "blocks.0.norm1.weight: 3 NaN"},
     {"name": "rotary layout", "ok": None, "detail": "it has none"},
 ]
+DETAILS = [check["detail"] for check in CHECKS]
 
 
 @dataclass
@@ -48,6 +49,11 @@ class Page:
 
     def count(self, selector: str) -> Any:
         return self.browser.value(f"document.querySelectorAll('{selector}').length")
+
+    def styles(self, selector: str, name: str) -> Any:
+        """A style property of each element, as a number."""
+        each = f"e => Number(e.style.getPropertyValue('{name}'))"
+        return self.browser.value(f"[...document.querySelectorAll('{selector}')].map({each})")
 
     def run(self) -> None:
         """Press Run, and wait until every answer has ended."""

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
 from browser import CHROMIUM, Browser
 from loadstone.serve.page import FILES
-from paged import CHECKS, Page, chatting, paged
+from paged import DETAILS, Page, chatting, paged
 from pages import contrast
 from serving import serving
 
@@ -74,9 +75,9 @@ def test_every_file_of_the_page_is_served_under_its_policy(page: Page) -> None:
 def test_it_fits_and_can_be_read_and_asks_nobody_else(page: Page, width: int, scheme: str) -> None:
     page.open(width=width, scheme=scheme, beside="chat", max_tokens=12)
     show_everything(page)
-    assert {request["request"]["url"].split("/")[2] for request in page.browser.happened("Network.requestWillBeSent")} == {
-        page.server.url.split("/")[2]
-    }
+    assert {
+        request["request"]["url"].split("/")[2] for request in page.browser.happened("Network.requestWillBeSent")
+    } == {page.server.url.split("/")[2]}
     assert page.complaints() == []
     for tab in TABS:
         page.browser.click(f"#tab-{tab}")
@@ -124,6 +125,8 @@ def test_surprisal_is_the_servers_and_its_text_is_only_text(page: Page) -> None:
     found = page.browser.value("[...document.querySelectorAll('#surprisal-strip .token')].map(e => e.className)")
     assert [int(name.split("shade")[1][0]) for name in found[1:]] == levels
     assert "perplexity" in page.text("#announcer")
+    page.browser.hover("#surprisal-strip .token")
+    assert page.text("#card").endswith(f"the first token: nothing stands before it · id {tokens[0]['id']}")
 
 
 def test_a_character_of_several_tokens_is_shown_once_and_each_token_explained(page: Page) -> None:
@@ -139,19 +142,22 @@ def test_a_character_of_several_tokens_is_shown_once_and_each_token_explained(pa
     assert page.text("#card .headline code").endswith(" = 🦄")
 
 
+def attention(page: Page, layer: int, head: int) -> Any:
+    text = page.browser.value("document.querySelector('#attention-text').value")
+    body = {"model": "tiny", "text": text, "layer": layer, "head": head}
+    return page.server.call("/inspect/attention", body).json["weights"]
+
+
 def test_attention_is_the_servers_by_mouse_and_keys(page: Page) -> None:
     page.open("attention", layer=1, head=2)
     page.browser.click("#attention-form .main")
     page.browser.until("!document.querySelector('#attention-result').hidden")
-    text = page.browser.value("document.querySelector('#attention-text').value")
-    found = page.server.call("/inspect/attention", {"model": "tiny", "text": text, "layer": 1, "head": 2}).json
-    rows = found["weights"]
+    rows = attention(page, 1, 2)
     page.browser.hover("#attention-strip .token:nth-child(6)")
-    shown = page.browser.value("[...document.querySelectorAll('#attention-strip .token')].map(e => +e.style.getPropertyValue('--weight'))")
+    shown = page.styles("#attention-strip .token", "--weight")
     assert shown[:6] == pytest.approx([weight / max(rows[5]) for weight in rows[5]], abs=1e-3)
     assert not any(shown[6:])
-    best = max(range(6), key=lambda column: rows[5][column])
-    assert f"takes {_percent(rows[5][best])} from" in page.text("#attention-words")
+    assert f"takes {_percent(max(rows[5]))} from" in page.text("#attention-words")
     page.browser.value("document.querySelector('#heatmap').focus()")
     page.browser.press("ArrowDown")
     page.browser.press("ArrowLeft", 3)
@@ -161,11 +167,10 @@ def test_attention_is_the_servers_by_mouse_and_keys(page: Page) -> None:
     assert words.endswith("(token 4).")
     page.browser.value("document.querySelector('#head').focus()")
     page.browser.press("ArrowRight")
-    other = page.server.call("/inspect/attention", {"model": "tiny", "text": text, "layer": 1, "head": 3}).json["weights"]
-    page.browser.until(f"document.querySelector('#attention-words').textContent.includes('{_percent(other[6][3])} from')")
+    other = f"{_percent(attention(page, 1, 3)[6][3])} from"
+    page.browser.until(f"document.querySelector('#attention-words').textContent.includes('{other}')")
     page.browser.click("#no-first")
-    first = "document.querySelector('#attention-strip .token').style.getPropertyValue('--weight')"
-    assert float(page.browser.value(first)) == 0
+    assert page.styles("#attention-strip .token", "--weight")[0] == 0
     assert page.complaints() == []
 
 
@@ -173,8 +178,7 @@ def test_the_matrix_is_drawn_as_the_weights_are(page: Page) -> None:
     page.open("attention")
     page.browser.click("#attention-form .main")
     page.browser.until("!document.querySelector('#attention-result').hidden")
-    text = page.browser.value("document.querySelector('#attention-text').value")
-    rows = page.server.call("/inspect/attention", {"model": "tiny", "text": text, "layer": 0, "head": 0}).json["weights"]
+    rows = attention(page, 0, 0)
     most = max(weight for row in rows[1:] for weight in row)
     reds = page.browser.value(REDS % (len(rows), len(rows)))
     for drawn, weights in zip(reds[1:-1], rows[1:-1], strict=True):  # the last row has the cursor around it
@@ -198,7 +202,7 @@ def test_the_report_is_the_servers_and_can_be_searched(page: Page) -> None:
     page.browser.press("ArrowDown")
     page.browser.until("document.querySelector('#checks').textContent.includes('FAIL')")
     assert page.texts("#checks tbody td:first-child") == ["✗ FAIL", "– skipped"]
-    assert page.texts("#checks tbody td:last-child") == [check["detail"] for check in CHECKS]
+    assert page.texts("#checks tbody td:last-child") == DETAILS
     assert page.text("#explanation") == "The file is broken."
 
 
@@ -225,7 +229,7 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab() -> None:
 
 def _percent(probability: float) -> str:
     value = 100 * probability
-    return f"{value:.1f} %" if value >= 10 else f"{value:.2f} %"
+    return f"{value:.1f}%" if value >= 10 else f"{value:.2f}%"
 
 
 def _hex(colour: str) -> str:

@@ -1,8 +1,9 @@
-"""Writing with the page, as a person does: type, run, point, branch, stop, chat, compare; by mouse and by keys alone."""
+"""Writing with the page, as a person does: type, run, point, branch, stop, chat, compare; by mouse and by keys."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,8 @@ from paged import Page, paged
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package `chromium`")
 SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 1, "seed": 1}
-COUNT = 8
+COUNT = 16
+CARD_WAITS = 0.4  # seconds, a little more than it takes before a card goes that nothing points at
 PROMPT = "Once upon a time"
 
 
@@ -57,11 +59,11 @@ def test_an_answer_streams_with_the_settings_of_the_sliders(page: Page) -> None:
     assert [page.text(f"#{name}-value") for name in ("temperature", "top-k", "top-p")] == ["1.00", "47", "0.90"]
     page.fill("#seed", "5")
     page.run()
-    asked = {"temperature": 1, "top_k": 47, "top_p": 0.9, "seed": 5}
+    asked: dict[str, Any] = {"temperature": 1, "top_k": 47, "top_p": 0.9, "seed": 5}
     expected = answer(page, "The king", **asked)
     assert page.text(".answer") == expected["text"]
     assert page.count(".answer .token") == COUNT
-    assert page.text("#announcer") == "tiny: 8 tokens, at the limit of tokens."
+    assert page.text("#announcer") == "tiny: 16 tokens, at the limit of tokens."
     page.run()
     assert page.text(".answer") == expected["text"]
     page.fill("#seed", "6")
@@ -82,15 +84,22 @@ def test_pointing_at_a_token_shows_what_else_could_have_come(page: Page) -> None
     assert f"{-token['logprob'] / math.log(2):.2f} bits" in page.text("#card .headline")
     names = page.texts("#card li:not(:has(.others)) code")
     assert names[:10] == [spelt(each) for each in token["top"]]
-    bars = page.browser.value("[...document.querySelectorAll('#card .bar')].map(e => +e.style.getPropertyValue('--share'))")
+    bars = page.styles("#card .bar", "--share")
     assert bars[:10] == pytest.approx([math.exp(each["logprob"]) for each in token["top"]], abs=1e-3)
     assert sum(bars) == pytest.approx(1, abs=2e-3)
     assert page.texts("#card .came code") == [spelt(token)]
-    page.browser.hover("#card li:last-child")  # the way there must not close it
-    page.browser.value("new Promise(done => setTimeout(done, 400))")
+    page.browser.hover(".answer .token:nth-child(5)")  # from one token to the next, and into the card: it stays
+    time.sleep(CARD_WAITS)
+    page.browser.hover("#card li:last-child")
+    time.sleep(CARD_WAITS)
     assert not page.browser.value("document.querySelector('#card').hidden")
     page.browser.hover("h1")
     page.browser.until("document.querySelector('#card').hidden")
+    page.browser.click(".answer .token:nth-child(3)")
+    page.browser.hover(".answer .token:nth-child(5)")  # a card that was clicked stays, whatever lies on the way to it
+    assert page.text("#card .headline code") == spelt(token)
+    page.browser.click("h1")
+    assert page.browser.value("document.querySelector('#card').hidden")
 
 
 def test_by_keys_alone_from_the_prompt_to_a_branch_and_back(page: Page) -> None:
@@ -100,7 +109,7 @@ def test_by_keys_alone_from_the_prompt_to_a_branch_and_back(page: Page) -> None:
     press("Enter", modifiers=2)
     page.ended()
     first = answer(page, PROMPT)
-    reached = []
+    reached: list[str] = []
     while not reached or "token" not in reached[-1].split():
         press("Tab")
         reached.append(page.browser.value("document.activeElement.id || document.activeElement.className"))
@@ -117,12 +126,15 @@ def test_by_keys_alone_from_the_prompt_to_a_branch_and_back(page: Page) -> None:
     page.ended()
     kept = [each["id"] for each in first["details"][:2]]
     rest = answer(page, [*first["ids"], *kept, others[1]["id"]], max_tokens=COUNT - 3)
+    assert rest["text"] != answer(page, [*kept, others[1]["id"]], max_tokens=COUNT - 3)["text"]
     begun = "".join(each["text"] for each in first["details"][:2])
     assert page.text(".answer") == begun + others[1]["text"] + rest["text"]
     assert page.texts(".answer .kept") == [each["text"] for each in first["details"][:2]]
     assert page.texts(".answer .chosen") == [others[1]["text"]]
     assert page.browser.value("document.activeElement.className").startswith("token chosen")
-    assert page.texts(".versions button")[1] == f"2 · from 1 at token 3: “{spelt(others[1])}” instead of “{spelt(came)}”"
+    assert (
+        page.texts(".versions button")[1] == f"2 · from 1 at token 3: “{spelt(others[1])}” instead of “{spelt(came)}”"
+    )
     press("Tab", modifiers=8)
     press("Tab", modifiers=8)
     press("Enter")

@@ -18,7 +18,7 @@ let at = { row: 0, column: 0 };
 /** @param {Object<string, {layers: number, heads: number}>} models */
 export function start(models) {
   shapes = models;
-  strip = new Strip(byId("attention-strip"), { shaded: false, onPoint: (row) => row !== null && point(row, null) });
+  strip = new Strip(byId("attention-strip"), { shaded: false, onPoint: (row) => point(row, null) });
   byId("attention-form").addEventListener("submit", (event) => {
     event.preventDefault();
     look();
@@ -49,6 +49,7 @@ function listen(canvas) {
 
 /** Another model was chosen. */
 export function forget() {
+  looked.cancel();
   const { layers, heads } = shapes[byId("model").value];
   byId("layer").max = layers - 1;
   byId("head").max = heads - 1;
@@ -119,18 +120,19 @@ function show() {
 
 function paint() {
   const rows = shown.weights.map((_, number) => row(number));
-  const most = Math.max(...rows.slice(1).flat(), 1e-9); // the first row is 100 % of itself, whatever the head does
+  const most = Math.max(...rows.slice(1).flat(), 1e-9); // the first row is 100% of itself, whatever the head does
   draw(byId("heatmap"), { rows, most, names: shown.tokens.map(visible), at });
   byId("strongest").textContent = percent(most);
 }
 
 function inWords() {
   const name = (number) => `“${visible(shown.tokens[number])}”`;
+  const numbered = (number) => `${name(number)} (token ${number + 1})`;
   const weights = shown.weights[at.row];
   if (at.column !== null) {
-    return `${name(at.row)} (token ${at.row + 1}) takes ${percent(weights[at.column])} from ${name(at.column)} (token ${at.column + 1}).`;
+    return `${numbered(at.row)} takes ${percent(weights[at.column])} from ${numbered(at.column)}.`;
   }
   const order = weights.map((_, column) => column).sort((one, other) => weights[other] - weights[one]);
   const sources = order.slice(0, SAID).map((column) => `${percent(weights[column])} from ${name(column)}`);
-  return `${name(at.row)} (token ${at.row + 1}) takes ${sources.join(", ")}.`;
+  return `${numbered(at.row)} takes ${sources.join(", ")}.`;
 }

@@ -1,14 +1,15 @@
-// The card of one token: its probability, and what else could have come. There is one card, beside the token pointed at.
+// The card of one token: its probability, and what else could have come. There is one, beside the token pointed at.
 
 import { bits, byId, element, percent, rove } from "./dom.js";
 import { completed, visible } from "./tokens.js";
 
+const CHOICE = "Choose one, and the answer goes on from there.";
 const PATIENCE = 250; // milliseconds to reach the card with the mouse
 
 class Card {
   /** @type {HTMLElement|null} the token that it belongs to */
   owner = null;
-  #pinned = false;
+  pinned = false;
   #timer = 0;
 
   constructor() {
@@ -33,7 +34,7 @@ class Card {
    */
   show(owner, token, { choose, before }) {
     clearTimeout(this.#timer);
-    if (this.owner === owner || (this.#pinned && this.place.contains(document.activeElement))) return;
+    if (this.owner === owner) return;
     this.hide();
     this.owner = owner;
     owner.classList.add("pointed");
@@ -46,7 +47,7 @@ class Card {
 
   /** It stays until Escape or a click elsewhere; by the keyboard, the focus goes into it. */
   pin(byKey) {
-    this.#pinned = true;
+    this.pinned = true;
     const hides = getComputedStyle(this.place).position === "fixed";
     if (hides) window.scrollBy(0, Math.max(0, this.owner.getBoundingClientRect().bottom - this.place.offsetTop + 8));
     if (byKey) (this.place.querySelector("button.choice") ?? this.place).focus();
@@ -55,13 +56,13 @@ class Card {
   leave() {
     clearTimeout(this.#timer);
     const keyboard = () => this.owner === document.activeElement || this.place.contains(document.activeElement);
-    if (!this.#pinned) this.#timer = setTimeout(() => keyboard() || this.hide(), PATIENCE);
+    if (!this.pinned) this.#timer = setTimeout(() => keyboard() || this.hide(), PATIENCE);
   }
 
   hide() {
     this.owner?.classList.remove("pointed");
     this.owner = null;
-    this.#pinned = false;
+    this.pinned = false;
     this.place.hidden = true;
   }
 
@@ -86,7 +87,8 @@ class Card {
   /** Under its token, within the window's width; the style sheet puts it at the bottom of small screens instead. */
   #move(owner) {
     const box = owner.getClientRects()[0] ?? owner.getBoundingClientRect();
-    const left = Math.max(8, Math.min(box.left - 16, document.documentElement.clientWidth - this.place.offsetWidth - 8));
+    const rightmost = document.documentElement.clientWidth - this.place.offsetWidth - 8;
+    const left = Math.max(8, Math.min(box.left - 16, rightmost));
     const below = box.bottom + this.place.offsetHeight < window.innerHeight || box.top < this.place.offsetHeight;
     const top = below ? box.bottom : box.top - this.place.offsetHeight;
     this.place.style.setProperty("--left", `${left + window.scrollX}px`);
@@ -101,15 +103,17 @@ function spelt(token, before) {
 }
 
 function content(token, choose, name) {
+  const headline = element("p", { class: "headline" }, element("code", {}, name(token)), ` ${facts(token)}`);
+  if (token.logprob == null) return [headline];
   const known = token.top.some((each) => each.id === token.id);
-  const rows = known || token.logprob == null ? token.top : [...token.top, token];
+  const rows = known ? token.top : [...token.top, token];
   const rest = 1 - rows.reduce((sum, each) => sum + Math.exp(each.logprob), 0);
   const items = rows.map((each) => element("li", {}, row(each, name(each), each.id === token.id, choose)));
   const others = element("li", {}, bar(element("div", { class: "choice others" }), "all others", Math.max(0, rest)));
   return [
-    element("p", { class: "headline" }, element("code", {}, name(token)), ` ${facts(token)}`),
+    headline,
     element("ol", {}, ...items, ...(rest > 0.00005 ? [others] : [])),
-    element("p", { class: "note" }, choose ? "Choose one, and the answer goes on from there." : "The model’s own probabilities."),
+    element("p", { class: "note" }, choose ? CHOICE : "The model’s own probabilities."),
   ];
 }
 
@@ -123,7 +127,8 @@ function row(each, name, came, choose) {
   const probability = Math.exp(each.logprob);
   if (came) return bar(element("div", { class: "choice came" }), name, probability, "this one");
   if (!choose) return bar(element("div", { class: "choice" }), name, probability);
-  return bar(element("button", { class: "choice", type: "button", on: { click: () => choose(each) } }), name, probability);
+  const button = element("button", { class: "choice", type: "button", on: { click: () => choose(each) } });
+  return bar(button, name, probability);
 }
 
 function bar(made, name, probability, note = "") {

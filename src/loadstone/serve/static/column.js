@@ -13,7 +13,8 @@ const ENDS = {
 
 /**
  * An answer, or a branch of one.
- * @typedef {{promptIds: number[], tokens: import("./tokens.js").Token[], kept: number, name: string, finish: string}} Version
+ * @typedef {import("./tokens.js").Token} Token
+ * @typedef {{promptIds: number[], tokens: Token[], kept: number, name: string, finish: string}} Version
  * `kept`: tokens before the chosen one; -1 if none was chosen.
  */
 
@@ -27,18 +28,21 @@ export class Column {
     Object.assign(this, { model, onStream });
     this.ends = new Set(shape.ends);
     this.turns = [];
+    this.streams = 0; // that run: a branch may begin while the first answer still comes
     this.parts = {
       turns: element("ol", { class: "turns", "aria-label": `Conversation with ${model}` }),
       versions: element("ol", { class: "versions", "aria-label": "Branches" }),
       strip: element("div", { class: "strip answer", "aria-label": `Answer of ${model}, token by token` }),
       status: element("p", { class: "note status" }),
       error: element("p", { class: "error", role: "alert", hidden: true }),
-      copy: element("button", { type: "button", class: "quiet", hidden: true, on: { click: () => this.#copy() } }, "Copy"),
+      copy: element("button", { type: "button", class: "quiet", hidden: true }, "Copy"),
     };
+    this.parts.copy.addEventListener("click", () => this.#copy());
     this.strip = new Strip(this.parts.strip, { onBranch: (at, alternative) => this.#branch(at, alternative) });
     const { turns, versions, strip, status, error, copy } = this.parts;
     const foot = element("div", { class: "foot" }, status, copy);
-    this.place = element("section", { class: "column", "aria-label": model }, element("h3", {}, model), turns, versions, strip, foot, error);
+    const parts = [element("h3", {}, model), turns, versions, strip, foot, error];
+    this.place = element("section", { class: "column", "aria-label": model }, ...parts);
     this.#forget();
   }
 
@@ -94,7 +98,8 @@ export class Column {
     const began = version.tokens.length;
     let first = 0;
     complain(this.parts.error, "");
-    this.place.setAttribute("aria-busy", "true");
+    this.#busy(1);
+    announce(""); // so that the same end as before is said again
     try {
       for await (const event of stream(path, asked, signal)) {
         if (version.promptIds.length === 0) version.promptIds = event.prompt_token_ids?.[0] ?? [];
@@ -111,8 +116,13 @@ export class Column {
       this.#finish(version, signal.aborted ? "stopped" : "failed");
       if (!signal.aborted) complain(this.parts.error, error);
     } finally {
-      this.place.removeAttribute("aria-busy");
+      this.#busy(-1);
     }
+  }
+
+  #busy(change) {
+    this.streams += change;
+    this.place.setAttribute("aria-busy", String(this.streams > 0));
   }
 
   #add(version, token) {
@@ -133,7 +143,7 @@ export class Column {
     const prompt = version.promptIds.length ? ` · prompt of ${plural(version.promptIds.length, "token")}` : "";
     const end = version.finish ? ` · ${ENDS[version.finish]}` : " · streaming";
     this.parts.status.textContent = `${plural(version.tokens.length, "token")}${rate}${prompt}${end}`;
-    this.parts.copy.hidden = version.tokens.length === 0;
+    this.parts.copy.hidden = version.tokens.length === 0 || !navigator.clipboard; // plain http from afar has none
   }
 
   #version(fields) {
@@ -146,7 +156,8 @@ export class Column {
   #show(version) {
     this.shown = version;
     this.strip.clear();
-    version.tokens.forEach((token, at) => this.strip.add(token, at < version.kept ? "kept" : at === version.kept ? "chosen" : ""));
+    const mark = (at) => (at < version.kept ? "kept" : at === version.kept ? "chosen" : "");
+    version.tokens.forEach((token, at) => this.strip.add(token, mark(at)));
     if (version.finish) this.strip.end();
     this.#showVersions();
     this.#tell(version);
@@ -156,7 +167,8 @@ export class Column {
     const item = (version, at) => {
       const choose = { click: () => this.#choose(version, at) };
       const current = version === this.shown ? { "aria-current": "true" } : {};
-      return element("li", {}, element("button", { type: "button", on: choose, ...current }, `${at + 1} · ${version.name}`));
+      const settings = { type: "button", on: choose, ...current };
+      return element("li", {}, element("button", settings, `${at + 1} · ${version.name}`));
     };
     this.parts.versions.replaceChildren(...this.versions.map(item));
     this.parts.versions.hidden = this.versions.length < 2;
@@ -168,8 +180,8 @@ export class Column {
   }
 
   #showTurns(messages) {
-    const item = ({ role, content }) => element("li", {}, element("strong", {}, role), element("div", { class: "turn" }, content));
-    this.parts.turns.replaceChildren(...messages.map(item));
+    const parts = ({ role, content }) => [element("strong", {}, role), element("div", { class: "turn" }, content)];
+    this.parts.turns.replaceChildren(...messages.map((message) => element("li", {}, ...parts(message))));
   }
 
   #forget() {

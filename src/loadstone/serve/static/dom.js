@@ -20,12 +20,12 @@ export function element(name, settings = {}, ...children) {
 /** The element with this id. */
 export const byId = (id) => document.getElementById(id);
 
-/** 0.1234 -> "12.3 %"; never "0.0 %" for what can happen, nor "100 %" for what need not. */
+/** 0.1234 -> "12.3%"; never "0.0%" for what can happen, nor "100%" for what need not. */
 export function percent(probability) {
   const value = 100 * probability;
-  if (value >= 99.95 && probability < 1) return "> 99.9 %";
-  if (value < 0.01) return value > 0 ? "< 0.01 %" : "0 %";
-  return `${value >= 10 ? value.toFixed(1) : value.toFixed(2)} %`;
+  if (value >= 99.95 && probability < 1) return "> 99.9%";
+  if (value < 0.01) return value > 0 ? "< 0.01%" : "0%";
+  return `${value >= 10 ? value.toFixed(1) : value.toFixed(2)}%`;
 }
 
 export const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -43,19 +43,20 @@ export function complain(place, error) {
   place.hidden = !error;
 }
 
-/** Keeps only the last of several calls: each call ends the one before. Returns false if it was ended itself. */
+/** Keeps only the last of several calls: each call ends the one before, and `cancel` ends the last. */
 export function latest(work) {
   let running = null;
-  return async (...given) => {
-    running?.abort();
+  const call = async (...given) => {
+    call.cancel();
     const mine = (running = new AbortController());
     try {
       await work(mine.signal, ...given);
     } catch (error) {
       if (!mine.signal.aborted) throw error;
     }
-    return !mine.signal.aborted;
   };
+  call.cancel = () => running?.abort();
+  return call;
 }
 
 /**

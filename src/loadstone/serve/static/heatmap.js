@@ -34,11 +34,12 @@ export function draw(canvas, { rows, most, names, at }) {
 }
 
 function cells(pen, { margin, cell }, rows, most, colour) {
+  const [ground, heat] = [colour("--panel"), colour("--heat-full")];
   rows.forEach((weights, row) => {
     pen.globalAlpha = 1;
-    pen.fillStyle = colour("--panel");
+    pen.fillStyle = ground;
     pen.fillRect(margin, margin + row * cell, cell * weights.length, cell);
-    pen.fillStyle = colour("--heat-full");
+    pen.fillStyle = heat;
     weights.forEach((weight, column) => {
       pen.globalAlpha = Math.min(1, weight / most);
       pen.fillRect(margin + column * cell, margin + row * cell, cell, cell);

@@ -34,8 +34,9 @@ async function start() {
 /** Another model was chosen. */
 function changed() {
   const shape = shapes[byId("model").value];
-  const facts = [shape.architecture, plural(shape.parameters, "parameter"), plural(shape.layers, "layer"), plural(shape.heads, "head")];
-  byId("model-facts").textContent = `${facts.join(" · ")} · context ${shape.context.toLocaleString("en")}`;
+  const counts = ["parameter", "layer", "head"].map((word) => plural(shape[`${word}s`], word));
+  const facts = [shape.architecture, ...counts, `context ${shape.context.toLocaleString("en")}`];
+  byId("model-facts").textContent = facts.join(" · ");
   for (const part of [write, surprisal, attention]) part.forget();
   if (!byId("panel-report").hidden) report.show();
 }

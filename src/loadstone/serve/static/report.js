@@ -32,14 +32,15 @@ const fetched = latest(async (signal, model) => {
 function facts({ container, model }) {
   const turned = model.orientation;
   const rows = [
-    ["file", `${container.name} (${container.format}), ${plural(container.tensors, "tensor")}, ${size(container.bytes)}`],
+    ["file", `${container.name} (${container.format}), ${size(container.bytes)}`],
+    ["tensors", container.tensors.toLocaleString("en")],
     ["types", Object.entries(container.dtypes).map(([name, bytes]) => `${name} ${size(bytes)}`).join(", ")],
     ["model", `${model.architecture}, ${plural(model.parameters, "parameter")}`],
     ["names of", `${model.dialect}, sizes from ${model.config_source}`],
     ["head", model.tie],
     ["orientation", turned && `${turned.stored}: ${turned.agree} of ${turned.of} matrices that can tell agree`],
     ["assumed", words(model.assumed)],
-    ["left out", words(Object.entries(model.not_parameters).map(([name, value]) => `${name} ${words([value].flat())}`))],
+    ["left out", words(Object.entries(model.not_parameters).map(([name, value]) => `${name} ${value}`))],
     ["notes", words([...container.notes, ...model.problems])],
   ];
   const given = rows.filter(([, value]) => value);
@@ -77,7 +78,7 @@ function showPlan() {
 
 const textOf = (cell) => (typeof cell === "string" ? cell : cell.textContent);
 const code = (text) => element("code", {}, text);
-const lines = (list) => element("span", {}, ...list.flatMap((each, at) => (at ? [element("br"), code(each)] : [code(each)])));
+const lines = (list) => element("span", {}, ...list.flatMap((each) => [code(each), element("br")]));
 
 /** Rows into a table. Roles are said aloud, as small screens show rows as blocks, which takes a table's own away. */
 function fill(table, heads, rows) {

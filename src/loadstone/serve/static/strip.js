@@ -37,7 +37,8 @@ export class Strip {
     if (this.shaded && token.logprob != null) made.classList.add(`shade${shade(token.logprob)}`);
     if (!text) made.classList.add("piece");
     made.dataset.at = this.tokens.length;
-    text.split("\n").forEach((line, at) => made.append(...(at ? [element("span", { class: "newline" }), "\n"] : []), line));
+    const [line, ...others] = text.split("\n");
+    made.append(line, ...others.flatMap((other) => [element("span", { class: "newline" }), "\n", other]));
     this.place.append(made);
     this.tokens.push(token);
   }
@@ -64,13 +65,12 @@ export class Strip {
     const found = this.#found(event);
     if (!found) return;
     this.onPoint?.(found.at);
+    if (event.type === "pointerover" && card.pinned) return; // it was clicked: the way into it leads over others
     if (this.tokens[found.at].top) this.#show(found);
   }
 
   #leave(event) {
-    if (!this.#found(event)) return;
-    this.onPoint?.(null);
-    card.leave();
+    if (this.#found(event)) card.leave();
   }
 
   #open(event, byKey) {

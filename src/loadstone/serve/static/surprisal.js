@@ -18,6 +18,7 @@ export function start() {
 
 /** Another model was chosen. */
 export function forget() {
+  measured.cancel();
   strip.clear();
   byId("surprisal-result").hidden = true;
 }

@@ -56,6 +56,7 @@ export const shade = (logprob) => HEAVY.filter((least) => bits(logprob) >= least
 /** What the shades stand for. */
 export function legend() {
   const names = HEAVY.map((least, at) => `${least}${HEAVY[at + 1] ? `–${HEAVY[at + 1]}` : " and more"}`);
-  const keys = ["below 1", ...names].map((name, at) => element("li", {}, element("span", { class: `key shade${at}` }), name));
-  return element("ul", { class: "legend", "aria-label": "Bits of surprisal" }, element("li", {}, "Surprisal in bits:"), ...keys);
+  const key = (name, at) => element("li", {}, element("span", { class: `key shade${at}` }), name);
+  const keys = [element("li", {}, "Surprisal in bits:"), ...["below 1", ...names].map(key)];
+  return element("ul", { class: "legend", "aria-label": "Bits of surprisal" }, ...keys);
 }

@@ -12,7 +12,7 @@ let shapes = {};
 /** @param {Object<string, object>} models as /inspect/models describes them */
 export function start(models) {
   shapes = models;
-  byId("write-legend").append(legend());
+  byId("write-legend").prepend(legend());
   byId("beside").append(...Object.keys(models).map((name) => element("option", { value: name }, name)));
   byId("beside-row").hidden = Object.keys(models).length < 2;
   byId("write-form").addEventListener("submit", (event) => {
@@ -27,6 +27,7 @@ export function start(models) {
   for (const name of ["beside", "mode-chat", "mode-completion"]) byId(name).addEventListener("change", forget);
   for (const name of ["temperature", "top-k", "top-p"]) byId(name).addEventListener("input", showValues);
   byId("settings").open = matchMedia("(min-width: 48rem)").matches; // else the answer would be far below
+  byId("settings").addEventListener("invalid", () => (byId("settings").open = true), true); // or nobody sees why
   showValues();
 }
 
