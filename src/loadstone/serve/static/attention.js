@@ -29,7 +29,7 @@ export function start(models) {
       if (shown) look();
     });
   }
-  byId("no-first").addEventListener("change", () => shown && show());
+  byId("no-first").addEventListener("change", () => shown && refresh());
   listen(byId("heatmap"));
 }
 
@@ -81,7 +81,7 @@ const looked = latest(async (signal) => {
     strip.end();
     at = { row: shown.tokens.length - 1, column: null };
   }
-  show();
+  refresh();
   if (!same) announce(`Attention of ${plural(shown.tokens.length, "token")}. ${inWords()}`);
 });
 
@@ -90,10 +90,14 @@ async function look() {
   await looked().catch((error) => complain(byId("attention-error"), error));
 }
 
-const skipsFirst = () => byId("no-first").checked;
-
-/** A row of weights as it is shown: without the first token where that is asked for. */
-const row = (number) => shown.weights[number].map((weight, column) => (column === 0 && skipsFirst() ? 0 : weight));
+/** The weights as they are drawn: without the first token where that is asked for. */
+function refresh() {
+  const skips = byId("no-first").checked;
+  shown.rows = skips ? shown.weights.map(([, ...others]) => [0, ...others]) : shown.weights;
+  shown.most = Math.max(...shown.rows.slice(1).flat(), 1e-9); // the first row is 100% of itself, whatever the head does
+  byId("strongest").textContent = percent(shown.most);
+  show();
+}
 
 function pointAt(event) {
   const place = shown && placeOf(byId("heatmap"), event, shown.tokens.length);
@@ -107,7 +111,7 @@ function point(newRow, column) {
 
 /** The chosen row over the text, in the matrix, and in words. */
 function show() {
-  const weights = row(at.row);
+  const weights = shown.rows[at.row];
   const most = Math.max(...weights, 1e-9);
   [...byId("attention-strip").children].forEach((span, number) => {
     span.style.setProperty("--weight", number <= at.row ? (weights[number] / most).toFixed(3) : "0");
@@ -119,10 +123,7 @@ function show() {
 }
 
 function paint() {
-  const rows = shown.weights.map((_, number) => row(number));
-  const most = Math.max(...rows.slice(1).flat(), 1e-9); // the first row is 100% of itself, whatever the head does
-  draw(byId("heatmap"), { rows, most, names: shown.tokens.map(visible), at });
-  byId("strongest").textContent = percent(most);
+  draw(byId("heatmap"), { rows: shown.rows, most: shown.most, names: shown.tokens.map(visible), at });
 }
 
 function inWords() {

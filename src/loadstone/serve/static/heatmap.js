@@ -28,24 +28,32 @@ export function draw(canvas, { rows, most, names, at }) {
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   const colour = (name) => getComputedStyle(canvas).getPropertyValue(name);
-  cells(pen, plan, rows, most, colour);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(cells(rows, most, colour), plan.margin, plan.margin, plan.cell * rows.length, plan.cell * rows.length);
   if (plan.named) labels(pen, plan, names, at, colour);
   cursor(pen, plan, at, colour);
 }
 
-function cells(pen, { margin, cell }, rows, most, colour) {
-  const [ground, heat] = [colour("--panel"), colour("--heat-full")];
+let painted = { rows: null, heat: "", image: null }; // the cells stay while only the cursor moves
+
+/** The cells, a pixel each. */
+function cells(rows, most, colour) {
+  const heat = colour("--heat-full");
+  if (painted.rows === rows && painted.heat === heat) return painted.image;
+  const image = new OffscreenCanvas(rows.length, rows.length);
+  const pen = image.getContext("2d");
   rows.forEach((weights, row) => {
     pen.globalAlpha = 1;
-    pen.fillStyle = ground;
-    pen.fillRect(margin, margin + row * cell, cell * weights.length, cell);
+    pen.fillStyle = colour("--panel");
+    pen.fillRect(0, row, weights.length, 1);
     pen.fillStyle = heat;
     weights.forEach((weight, column) => {
       pen.globalAlpha = Math.min(1, weight / most);
-      pen.fillRect(margin + column * cell, margin + row * cell, cell, cell);
+      pen.fillRect(column, row, 1, 1);
     });
   });
-  pen.globalAlpha = 1;
+  painted = { rows, heat, image };
+  return image;
 }
 
 function labels(pen, { margin, cell }, names, at, colour) {
