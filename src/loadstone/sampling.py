@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import LoadstoneError
 
+RANGE = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,9 +60,10 @@ def choose(
             "`loadstone verify` tells which."
         )
     if sampling.repetition_penalty != 1.0:
-        scores = penalise(scores, histories, sampling.repetition_penalty)
+        # A penalty near 0 makes scores infinite, and their differences no numbers.
+        scores = penalise(scores, histories, sampling.repetition_penalty).clamp(max=RANGE.max)
         highest = scores.amax(dim=-1, keepdim=True)
-    if sampling.temperature == 0:
+    if sampling.temperature < RANGE.tiny:  # what float32 takes for 0
         return [int(token) for token in scores.argmax(dim=-1)]
     # Below the highest score, so that a temperature near 0 makes -inf and not inf.
     probabilities = keep((scores - highest) / sampling.temperature, sampling).softmax(dim=-1)
@@ -88,7 +91,9 @@ def keep(scores_BV: Tensor, sampling: Sampling) -> Tensor:
         ranked, order = scores_BV.sort(dim=-1, descending=True, stable=True)
         probabilities = ranked.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier ones
-        out = torch.zeros_like(scores_BV, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        beyond = before >= sampling.top_p
+        beyond[:, 0] = False  # of a p that float32 takes for 0 too
+        out = torch.zeros_like(beyond).scatter(-1, order, beyond)
         scores_BV = scores_BV.masked_fill(out, -torch.inf)
     if sampling.min_p:
         probabilities = scores_BV.softmax(dim=-1)
