@@ -234,3 +234,14 @@ def test_what_is_counted_is_what_was() -> None:
         assert server.call("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
         server.call("/nowhere/" + "x" * 99)
         assert server.metric("loadstone_requests_total", path="other") == 1  # no label that a client chooses
+
+
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty", "top_p", "min_p"])
+def test_settings_at_the_edge_of_what_numbers_there_are_harm_nobody_else(server: Serving, field: str) -> None:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client, server.pace(0.01):
+        stream = client.completions.create(**ASKED | {"max_tokens": 40}, stream=True)
+        next(stream)
+        for value in (5e-324, 1e-300, 1e-44, 1e-40, 0.99):
+            settings = {"temperature": 1.0, "extra_body": {field: value}}
+            assert client.completions.create(**ASKED | {"max_tokens": 3} | settings).choices
+        assert [event.choices[0].finish_reason for event in stream][-1] in ("length", "stop")
