@@ -78,6 +78,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/qkv.py
 	$(PEERS)/bin/python benchmarks/train.py
 	$(PEERS)/bin/python benchmarks/evaluate.py
+	$(PEERS)/bin/python benchmarks/serve.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
