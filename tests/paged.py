@@ -75,7 +75,12 @@ def paged() -> Iterator[Page]:
     identity = open_source("tiny")
     tiny = open_served("tiny", identity, load_model(identity), load_tokenizer_for(identity))
     report: Any = tiny.report
-    made_up = {**report, "verify": {**report["verify"], "checks": CHECKS, "explanation": ["The file is broken."]}}
+    plan = [row | {"dtype": "Q4_1"} for row in report["plan"]]
+    made_up = {
+        **report,
+        "plan": plan,
+        "verify": {**report["verify"], "checks": CHECKS, "explanation": ["The file is broken."]},
+    }
     with serving(tiny, chatting(made_up)) as server, Browser() as browser:
         yield Page(browser, server)
 

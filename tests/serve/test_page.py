@@ -204,6 +204,8 @@ def test_the_report_is_the_servers_and_can_be_searched(page: Page) -> None:
     assert page.texts("#checks tbody td:first-child") == ["✗ FAIL", "– skipped"]
     assert page.texts("#checks tbody td:last-child") == DETAILS
     assert page.text("#explanation") == "The file is broken."
+    page.fill("#filter", "q4_1")
+    assert page.text("#plan-count") == f"{len(report['plan'])} of {len(report['plan'])} tensors"
 
 
 def test_it_asks_for_the_key_and_keeps_it_in_the_tab() -> None:
