@@ -178,11 +178,15 @@ def test_the_matrix_is_drawn_as_the_weights_are(page: Page) -> None:
     page.open("attention")
     page.browser.click("#attention-form .main")
     page.browser.until("!document.querySelector('#attention-result').hidden")
-    rows = attention(page, 0, 0)
-    most = max(weight for row in rows[1:] for weight in row)
-    reds = page.browser.value(REDS % (len(rows), len(rows)))
-    for drawn, weights in zip(reds[1:-1], rows[1:-1], strict=True):  # the last row has the cursor around it
-        assert drawn == pytest.approx([245 + (8 - 245) * weight / most for weight in weights], abs=2)
+    page.browser.value("document.querySelector('#head').focus()")
+    for head in (0, 1):
+        rows = attention(page, 0, head)
+        most = max(weight for row in rows[1:] for weight in row)
+        page.browser.until(f"document.querySelector('#strongest').textContent === '{_percent(most)}'")
+        reds = page.browser.value(REDS % (len(rows), len(rows)))
+        for drawn, weights in zip(reds[1:-1], rows[1:-1], strict=True):  # the last row has the cursor around it
+            assert drawn == pytest.approx([245 + (8 - 245) * weight / most for weight in weights], abs=2)
+        page.browser.press("ArrowRight")
 
 
 def test_the_report_is_the_servers_and_can_be_searched(page: Page) -> None:
