@@ -80,6 +80,8 @@ class Answer:
                 if isinstance(event, End):
                     if event.reason in ("error", "timeout"):
                         raise (LateError if event.reason == "timeout" else FailedError)(event.error)
+                    if event.token and event.token.logprob is not None:
+                        held.append(event.token)  # of no text; lm-eval, for one, counts on a token after the prompt's
                     yield Piece(self._text.flush(), held, "length" if event.reason == "context" else event.reason)
                     return
                 self.made += 1

@@ -45,6 +45,7 @@ class End:
 
     reason: str
     error: str = ""
+    token: Token | None = None  # the end token, which is not delivered as the others are
 
 
 @dataclass
@@ -265,7 +266,7 @@ class Engine:
         if isinstance(given, End):
             return given
         if given.id in row.job.stop_ids:
-            return End("stop")
+            return End("stop", token=given)
         row.job.deliver(given)
         row.history.append(given.id)
         row.todo.append(given.id)
