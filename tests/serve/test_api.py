@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,3 +202,23 @@ def test_a_known_beginning_is_not_read_again(client: OpenAI) -> None:
     assert found.usage.prompt_tokens_details
     assert found.usage.prompt_tokens_details.cached_tokens
     assert 16 <= found.usage.prompt_tokens_details.cached_tokens < found.usage.prompt_tokens
+
+
+def test_an_end_token_is_scored_too_where_scores_are_asked_for() -> None:
+    # lm-eval leaves the last score out, as it asks for one token after the text that it scores.
+    served = small("ends")
+    ids = served.tokenizer.encode(PROMPTS[0])
+    with torch.no_grad():
+        row = served.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    served.tokenizer = replace(served.tokenizer, eos_ids=(int(row.argmax()),))
+    asked: Any = {"model": "ends", "prompt": PROMPTS[0], "max_tokens": 1, "temperature": 0, "echo": True}
+    with serving(served) as server, OpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
+        (found,) = client.completions.create(**asked, logprobs=1).choices
+        streamed = list(client.completions.create(**asked, logprobs=1, stream=True))
+    assert (found.text, found.finish_reason) == (PROMPTS[0], "stop")
+    assert found.logprobs
+    assert found.logprobs.token_logprobs
+    assert len(found.logprobs.token_logprobs) == len(ids) + 1
+    assert found.logprobs.token_logprobs[-1] == pytest.approx(float(row.max()), abs=1e-4)
+    assert streamed[-1].choices[0].logprobs
+    assert streamed[-1].choices[0].logprobs.token_logprobs == [found.logprobs.token_logprobs[-1]]

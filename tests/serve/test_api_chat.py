@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +160,13 @@ def test_characters_that_end_lines_elsewhere_do_not_break_events(server: Serving
     asked = {"model": "plain", "prompt": prompt, "echo": True, "stream": True, "max_tokens": 1}
     lines = server.call("/v1/completions", asked).body.decode().splitlines()
     assert all(line.startswith("data: ") for line in lines if line)
+
+
+def test_the_example_runs(server: Serving) -> None:
+    script = Path(__file__).parents[2] / "examples" / "serve_client.py"
+    found = subprocess.run(
+        [sys.executable, "-W", "error", script, server.url], capture_output=True, text=True, check=True
+    ).stdout
+    assert "model: chat" in found
+    assert len(found.split("\nchat: ")[1]) > 9
+    assert "A cat is asleep. " in found

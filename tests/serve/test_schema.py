@@ -37,7 +37,7 @@ def server() -> Iterator[Serving]:
 
 @SCHEMA.parametrize()
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_request_of_the_schema_fails(case: Case, server: Serving) -> None:
+def test_no_request_of_the_schema_fails(case: Case[Any], server: Serving) -> None:
     case.call_and_validate(base_url=server.url, checks=[not_a_server_error])
 
 
