@@ -77,7 +77,10 @@ def start(contender: str, file: Path, threads: int) -> Server:
     }  # fmt: skip
     pairs = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return Server(
-        [sys.executable, "-W", "ignore", "-m", "llama_cpp.server", *pairs], ready="/v1/models", threads=threads
+        [sys.executable, "-W", "ignore", "-m", "llama_cpp.server", *pairs],
+        name=contender,
+        ready="/v1/models",
+        threads=threads,
     )
 
 
