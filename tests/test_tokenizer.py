@@ -734,3 +734,11 @@ def test_a_real_llama_folder(shared: Path) -> None:
     assert ids[0] == 1
     assert tokenizer.decode(ids) == "Once upon a time"
     assert check_tokenizer(tokenizer, vocab_size=2048, eos_ids=(2,), bos_id=1) == []
+
+
+@given(TEXTS)
+@settings(max_examples=50, deadline=None)
+def test_an_encoding_that_lets_others_run_is_the_same(text: str) -> None:
+    tokenizer = of_gguf(gguf_byte_level(VOCAB, MERGES))
+    for options in ({}, {"parse_special": True}, {"add_special": False}):
+        assert tokenizer.encode(text, yielding=True, **options) == tokenizer.encode(text, **options)

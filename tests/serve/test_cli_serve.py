@@ -21,6 +21,7 @@ import requests
 from conftest import Run
 from extendable import KNOWN, gpt2_like, hostile
 from loadstone.save import save_model
+from loadstone.serve.running import bind
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 LONG: dict[str, Any] = {"prompt": "The cat's hat", "max_tokens": 2900, "temperature": 0, "stream": True}
@@ -190,3 +191,8 @@ def test_an_empty_variable_does_not_open_the_server_to_all(
     status, _, said = run("serve", "tiny")
     assert status == 2
     assert "LOADSTONE_API_KEY is set, but there is no key in it" in said
+
+
+def test_until_the_models_are_loaded_connections_are_refused() -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname(), timeout=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from loadstone.generate import generate
 from loadstone.model import GPT
 from loadstone.sampling import Sampling
 from loadstone.serve import engine as engine_file
-from loadstone.serve.engine import End, Engine, FullError, Job, Token, Worker
+from loadstone.serve.engine import End, Engine, FullError, Job, Token, Work, Worker
 from small_gpt import small_gpt, small_llama, small_neox
 
 MODELS = {"gpt2": small_gpt, "llama": small_llama, "neox": small_neox}
@@ -218,3 +219,23 @@ def test_scores_that_are_not_finite_end_only_their_own_request(monkeypatch: pyte
     run(engine)
     assert [answer.end and answer.end.reason for answer in answers] == ["length", "error", "length"]
     assert [answers[at].tokens for at in (0, 2)] == [alone(engine.model, answers[at])[0] for at in (0, 2)]
+
+
+def test_other_work_takes_turns_and_is_told_when_it_will_not_end() -> None:
+    engine, done, told = Engine(small_gpt(), waiting=1), [], list[str]()
+
+    def steps(name: str, n: int) -> Iterator[None]:
+        for number in range(n):
+            done.append(f"{name}{number}")
+            yield
+
+    engine.add(Work(steps("a", 9), told.append))
+    engine.add(Work(steps("b", 1), told.append))
+    with pytest.raises(FullError):
+        engine.add(Work(steps("c", 1), told.append))
+    for _ in range(5):
+        engine.step()
+    assert done == ["a0", "b0", "a1", "a2"]  # the step in which b has ended is nobody else's
+    engine.close("it is over")
+    assert told == ["it is over"]
+    assert not engine.busy

@@ -44,11 +44,11 @@ def serve(
     try:
         from ..serve import app as server
         from ..serve.opening import open_served
-        from ..serve.running import listen, run
+        from ..serve.running import bind, run
     except ImportError as error:
         raise LoadstoneError(f'serve needs the extra `serve`: pip install "loadstone[serve]" ({error}).') from None
     named = _names(sources)
-    with listen(host, port) as listening:  # before anything is loaded
+    with bind(host, port) as bound:  # before anything is loaded
         served = []
         for name, source in named.items():
             each = open_served(
@@ -59,7 +59,7 @@ def serve(
         if key is None and host not in LOCAL:
             print(f"note: no API key is asked for, and {host} can be reached by others: set {KEY}.", file=sys.stderr)
         settings = server.Settings(api_key=key, timeout=timeout, body_limit=body_limit, origins=origins)
-        run(server.create_app(served, settings), listening, drain=drain)
+        run(server.create_app(served, settings), bound, drain=drain)
 
 
 def _names(sources: list[str]) -> dict[str, str]:

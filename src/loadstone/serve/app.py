@@ -62,7 +62,7 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     app = FastAPI(title="Loadstone", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.end = partial(worker.close, 0)  # ends what runs, with an error
     app.include_router(routes(models, metrics, timeout=settings.timeout))
-    app.include_router(looking(models))
+    app.include_router(looking(models, timeout=settings.timeout))
     app.include_router(page())
 
     @app.get("/health")

@@ -74,6 +74,14 @@ class Job:
     known: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """Other work: its steps, which must not raise, and who is told why it will not be ended."""
+
+    steps: Iterator[None]
+    fail: Callable[[str], None]
+
+
 class FullError(LoadstoneError):
     """As many requests wait as may. Try again later."""
 
@@ -103,7 +111,7 @@ class Engine:
         self.model, self.waiting, self.n_tokens = model, waiting, n_tokens
         self.slots = Slots(model, rows, length or model.config.context_length)
         self._queue: deque[Job] = deque()
-        self._tasks: deque[Iterator[None]] = deque()
+        self._work: deque[Work] = deque()
         self._rows: list[_Row] = []
         self._lock = threading.Lock()
         self.wake: Callable[[], None] = lambda: None  # set by the Worker
@@ -128,17 +136,17 @@ class Engine:
             raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.slots.length}.")
         check_prompt(ids, self.model.config)
 
-    def add(self, task: Iterator[None]) -> None:
-        """Take steps of other work too, one between two of the batch's. It must not raise. Raises FullError."""
+    def add(self, work: Work) -> None:
+        """Take steps of other work too, one between two of the batch's. Raises FullError."""
         with self._lock:
-            if len(self._tasks) > self.waiting:
-                raise FullError(f"{len(self._tasks)} requests are waiting already.")
-            self._tasks.append(task)
+            if len(self._work) > self.waiting:
+                raise FullError(f"{len(self._work)} requests are waiting already.")
+            self._work.append(work)
         self.wake()
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._queue or self._tasks)
+        return bool(self._rows or self._queue or self._work)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -162,18 +170,17 @@ class Engine:
         """End what runs and what waits."""
         for job in [*self._waiting(), *(row.job for row in self._rows)]:
             job.deliver(End("error", reason))
+        while self._work:
+            self._work.popleft().fail(reason)
         while self._rows:
             self._end(0, None)
 
     def _advance(self) -> None:
         """One step of other work; those who wait for theirs take turns."""
-        if self._tasks:
-            task = self._tasks.popleft()
-            try:
-                next(task)
-            except StopIteration:
-                return
-            self._tasks.append(task)
+        if self._work:
+            work = self._work.popleft()
+            if next(work.steps, work) is not work:
+                self._work.append(work)
 
     def _waiting(self) -> Iterator[Job]:
         while self._queue:

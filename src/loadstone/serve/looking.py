@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 
+from .attended import attended
 from .details import details, named
 from .engine import Token
 from .prompts import attention, prompt_logprobs
@@ -30,7 +31,7 @@ class AttentionRequest(TextRequest):
     head: Annotated[int, Field(ge=0)]
 
 
-def looking(models: Models) -> APIRouter:
+def looking(models: Models, *, timeout: float) -> APIRouter:
     router = APIRouter(prefix="/inspect")
 
     @router.get("/models")
@@ -50,21 +51,23 @@ def looking(models: Models) -> APIRouter:
         return models.named(name).report
 
     @router.post("/surprisal")
-    async def surprisal(asked: SurprisalRequest) -> dict[str, Any]:
+    async def surprisal(asked: SurprisalRequest, request: Request) -> dict[str, Any]:
         """Each token with its log-probability given those before it, beside the likeliest at its place."""
         served = models.named(asked.model)
         ids = await served.encode(asked.text)
         served.engine.check(ids)
-        tokens = [Token(ids[0]), *await served.between_steps(prompt_logprobs(served.model, ids, asked.top))]
+        work = served.between_steps(prompt_logprobs(served.model, ids, asked.top))
+        tokens = [Token(ids[0]), *await attended(request, work, timeout=timeout)]
         return {"model": served.name, "tokens": details(served.tokenizer, tokens)}
 
     @router.post("/attention")
-    async def weights(asked: AttentionRequest) -> dict[str, Any]:
+    async def weights(asked: AttentionRequest, request: Request) -> dict[str, Any]:
         """Row t: how much token t takes from tokens 0 .. t, in one head; the first MOST_TOKENS tokens of the text."""
         served = models.named(asked.model)
         ids = (await served.encode(asked.text))[:MOST_TOKENS]
         served.engine.check(ids)
-        rows = await served.between_steps(attention(served.model, ids, asked.layer, asked.head))
+        work = served.between_steps(attention(served.model, ids, asked.layer, asked.head))
+        rows = await attended(request, work, timeout=timeout)
         return {
             "model": served.name, "layer": asked.layer, "head": asked.head,
             "tokens": [named(served.tokenizer, token) for token in ids], "weights": rows,

@@ -97,16 +97,15 @@ def routes(models: Models, metrics: Metrics, *, timeout: float) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
-        tokenizer = models.named(asked.model).tokenizer
-        ids = await asyncio.to_thread(
-            tokenizer.encode, asked.text, add_special=asked.add_special, parse_special=asked.parse_special
-        )
-        return {"tokens": ids, "texts": [token_text(tokenizer, token) for token in ids], "count": len(ids)}
+        served = models.named(asked.model)
+        ids = await served.tokenize(asked.text, add_special=asked.add_special, parse_special=asked.parse_special)
+        texts = await asyncio.to_thread(lambda: [token_text(served.tokenizer, token) for token in ids])
+        return {"tokens": ids, "texts": texts, "count": len(ids)}
 
     @router.post("/detokenize")
     async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
         tokenizer = models.named(asked.model).tokenizer
-        return {"text": tokenizer.decode(asked.tokens, skip_special=asked.skip_special)}
+        return {"text": await asyncio.to_thread(tokenizer.decode, asked.tokens, skip_special=asked.skip_special)}
 
     return router
 

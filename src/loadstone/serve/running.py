@@ -6,7 +6,8 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,18 +30,25 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises LoadstoneError if the address cannot be had."""
-    try:
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address; connections are refused until `run`. Raises LoadstoneError if it cannot be had."""
+    with _refusing(host, port):
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise LoadstoneError(f"cannot listen at {host}, port {port}: {error}. Another --port may be free.") from None
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+        return bound
 
 
-def run(app: FastAPI, listening: socket.socket, *, drain: int) -> None:
+def run(app: FastAPI, bound: socket.socket, *, drain: int) -> None:
     """Serve until SIGTERM or Ctrl-C; answers that run then have `drain` seconds. A second Ctrl-C ends at once."""
-    host, port = listening.getsockname()[:2]
+    host, port = bound.getsockname()[:2]
+    with _refusing(host, port):
+        bound.listen(BACKLOG)
     shown = f"[{host}]" if ":" in host else host
     print(f"serving at http://{shown}:{port} (API: /v1; end with Ctrl-C)", file=sys.stderr, flush=True)
     config = uvicorn.Config(
@@ -48,4 +56,12 @@ def run(app: FastAPI, listening: socket.socket, *, drain: int) -> None:
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended, which is no failure
         signal.signal(number, lambda *_: None)
-    _Server(config, drain, app.state.end).run(sockets=[listening])
+    _Server(config, drain, app.state.end).run(sockets=[bound])
+
+
+@contextmanager
+def _refusing(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LoadstoneError(f"cannot listen at {host}, port {port}: {error}. Another --port may be free.") from None

@@ -11,7 +11,8 @@ from ..checkpoint.wording import size_text
 from ..errors import LoadstoneError
 from ..model import GPT
 from ..tokenizer import Tokenizer
-from .engine import Engine, Result, Task
+from .answers import FailedError
+from .engine import Engine, Result, Task, Work
 
 
 class UnknownModelError(LoadstoneError):
@@ -59,10 +60,13 @@ class Served:
 
     async def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. In a thread: a long text takes a while, and others stream meanwhile."""
-        ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else list(prompt)
+        ids = await self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]  # an empty prompt asks for any text at all
         return ids
+
+    async def tokenize(self, text: str, **options: bool) -> list[int]:
+        return await asyncio.to_thread(self.tokenizer.encode, text, yielding=True, **options)
 
     async def encode_chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
@@ -71,7 +75,7 @@ class Served:
                 "(/v1/completions), or fine-tune it on chats (loadstone finetune --sft)."
             )
         text = await asyncio.to_thread(self.tokenizer.apply_chat, turns, add_generation_prompt=True)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special=False, parse_special=True)
+        return await self.tokenize(text, add_special=False, parse_special=True)
 
     async def between_steps(self, task: Task[Result]) -> Result:
         """What the task returns; it runs in the thread that computes, and ends where the client is gone."""
@@ -94,7 +98,11 @@ class Served:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
-        self.engine.add(steps())
+        def fail(reason: str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, None, FailedError(reason))
+
+        self.engine.add(Work(steps(), fail))
         return await future
 
 

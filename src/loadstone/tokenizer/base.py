@@ -70,13 +70,16 @@ class Tokenizer:
     special: Mapping[str, str] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False, yielding: bool = False
+    ) -> list[int]:
         """Token ids of a text.
 
         Args:
             text: any Unicode text; a lone surrogate is refused.
             add_special: add what the model expects around every text (a begin token, say), if anything.
             parse_special: the text of a special token becomes that token (see the top of this file).
+            yielding: let other threads run meanwhile; the library's call for one text holds them up, a second per MB.
         """
         try:
             text.encode()
@@ -88,7 +91,11 @@ class Tokenizer:
         with refusing(self.source, "the text could not be encoded"), self._lock:
             self.backend.encode_special_tokens = not parse_special  # a property of the backend, hence the lock
             try:
-                ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
+                if yielding:
+                    (found,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special)
+                else:
+                    found = self.backend.encode(text, add_special_tokens=add_special)
+                ids: list[int] = found.ids
             except Exception:
                 if (char := self._without_token(text)) is None:
                     raise
