@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .errors import LoadstoneError
-from .model import GPT, KVCache
+from .model import GPT
+from .positions import KVCache
 from .sampling import Sampling, choose
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 
 from loadstone.cli import main
 from loadstone.config import PRESETS, GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.errors import ConfigError
 from loadstone.kernels import speed_up
 from loadstone.model import GPT

@@ -118,7 +118,7 @@ class LoRAHead(LoRALinear):
         return self.merged()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 def add_lora(model: nn.Module, settings: LoRA) -> list[str]:
