@@ -81,7 +81,8 @@ class Attention(nn.Module):
         k = self.k(x_BTC).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, D]
         v = self.v(x_BTC).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, D]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            kind = self.q_norm.weight.dtype  # under autocast q and k come in its type, and are normed in float32
+            q, k = self.q_norm(q.to(kind)), self.k_norm(k.to(kind))
         if positions.rotation:
             q, k = rotate(q, *positions.rotation), rotate(k, *positions.rotation)
         if cache is not None:
@@ -136,7 +137,8 @@ class Experts(nn.Module):
         if self.sum_to_one:
             weights_NA = weights_NA / weights_NA.sum(dim=-1, keepdim=True)
         y_NC = torch.zeros_like(x_NC)
-        for e in torch.unique(chosen_NA).tolist():
+        # In training all take part, if with no rows: processes that add up gradients must have the same ones.
+        for e in range(len(self.experts)) if self.training else torch.unique(chosen_NA).tolist():
             rows, place = (chosen_NA == e).nonzero(as_tuple=True)
             part = self.experts[e](x_NC[rows]) * weights_NA[rows, place, None]
             y_NC = y_NC.index_add(0, rows, part.to(y_NC.dtype))

@@ -14,8 +14,14 @@ from loadstone.config import GPTConfig, from_hf
 from loadstone.config.families import FAMILIES
 from loadstone.config.to_hf import to_hf
 from loadstone.convert import convert
+from loadstone.diagnose.bench import Bench, State
+from loadstone.diagnose.points import Parameters, execution_order
+from loadstone.diagnose.reference import find_reference
 from loadstone.generate import generate
 from loadstone.load import load_model, open_source
+from loadstone.model import GPT
+from loadstone.verify import verify
+from loadstone.weightmap import Identity
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -203,3 +209,34 @@ def test_our_config_of_each_family_builds_theirs(tmp_path: Path) -> None:
         assert type(theirs) is getattr(transformers, family.hf).config_class
         assert from_hf(theirs.to_dict()) == config
         assert isinstance(config, GPTConfig)
+
+
+@pytest.mark.parametrize(
+    "name", ["gptj", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3, part of a head, window"]
+)
+def test_verify_finds_the_fault_by_its_modules(name: str, tmp_path: Path) -> None:
+    """Sound, every point agrees with transformers; with one damaged matrix, verify says no and names it."""
+    hostile(name).save_pretrained(tmp_path)
+    identity = open_source(tmp_path)
+    model = load_model(identity)
+    assert points_apart(identity, model) == {}
+    with torch.no_grad():
+        model.get_parameter("blocks.1.attn.v.weight")[3] *= 1.5
+    assert "blocks.1.attn.v" in points_apart(identity, model)
+    sound = [
+        check.name
+        for check in verify(identity, load_model(identity), against="transformers").checks
+        if check.ok is False
+    ]
+    assert [name for name in sound if "loss" not in name] == []
+
+
+def points_apart(identity: Identity, model: GPT) -> dict[str, float]:
+    """Every point of our model from transformers' inputs, where it differs from what transformers made of them."""
+    reference = find_reference("transformers").trace(identity)
+    bench = Bench(identity, reference)
+    state = State(identity.config, Parameters.of(model))
+    points = bench.points(state)
+    assert set(points) == set(execution_order(identity.config))
+    errors = {point: bench.error(point, state).worst for point in points}
+    return {point: error for point, error in errors.items() if error > 2e-5}
