@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from loadstone.config import GPTConfig
 from loadstone.errors import ConfigError
-from loadstone.finetune.lora import LoRA, add_lora, adapted, merge
+from loadstone.finetune.lora import LoRA, adapted, add_lora, merge
 from loadstone.finetune.selectors import Parts
 from loadstone.kernels import quick_scoring, speed_up
 from loadstone.model import GPT, Experts
@@ -114,12 +114,18 @@ def test_scoring_kernels_give_the_same() -> None:
 
 def test_the_router_is_computed_in_float32_in_any_type() -> None:
     """Shares in bfloat16 would be multiples of 1/256."""
-    module = small_llama(1, n_experts=4, n_experts_used=4).blocks[0].mlp.bfloat16()
+    module = small_llama(1, n_experts=4, n_experts_used=4).blocks[0].mlp
+    assert isinstance(module, Experts)
     seen: list[torch.dtype] = []
     kept = F.softmax
+
+    def watched(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        seen.append(dtype)
+        return kept(x, dim, dtype=dtype)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "softmax", lambda *a, **k: (seen.append(k["dtype"]), kept(*a, **k))[1])
-        assert module(torch.randn(1, 3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        patch.setattr(F, "softmax", watched)
+        assert module.bfloat16()(torch.randn(1, 3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen == [torch.float32]
 
 

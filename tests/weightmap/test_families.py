@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,15 @@ def test_counts_of_a_sparse_model_are_all_and_active() -> None:
     assert active_count(config) == whole - kin.LAYERS * 3 * expert
     dense = open_source(kin.checkpoint(KIN["qwen2"], "hf")).config
     assert active_count(dense) == parameter_count(dense)
+
+
+def test_the_page_of_dialects_is_current() -> None:
+    """docs/dialects.md is what docs/dialects.py makes of the tables."""
+    folder = Path(__file__).parents[2] / "docs"
+    code = [sys.executable, str(folder / "dialects.py")]
+    environment = {**os.environ, "PYTHONPATH": str(folder.parent / "src")}
+    made = subprocess.run(code, capture_output=True, text=True, check=True, env=environment)
+    assert made.stdout == (folder / "dialects.md").read_text(), "run: python docs/dialects.py > docs/dialects.md"
 
 
 def test_attention_has_no_norm_where_the_field_is_off() -> None:

@@ -64,7 +64,8 @@ def palm_per_token(config: GPTConfig, length: int) -> float:
     """6N + 12 L H D T: of one trained token, PaLM's appendix B. MFU = this x tokens/s / peak.
 
     N are the parameters that a token is multiplied with: all but the lookup tables (a tied embedding is the head and
-    counts), and of experts as many as one token is given to. Attention counts all pairs, recomputation and frozen parameters do not enter: MFU stays comparable.
+    counts), and of experts as many as one token is given to. Attention counts all pairs, recomputation and frozen
+    parameters do not enter: MFU stays comparable.
     """
     shapes = parameter_shapes(config)
     tables = ("pos_emb.weight",) if config.tied else ("pos_emb.weight", "tok_emb.weight")
