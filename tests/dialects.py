@@ -211,6 +211,22 @@ def llama_hf(meta: Tensors, heads: int, kv_heads: int) -> Tensors:
     return w
 
 
+def gpt_neox_gguf(hf: Tensors, heads: int) -> Tensors:
+    """As llama.cpp's converter has it: all heads' q, then k, then v."""
+    names = (
+        ("gpt_neox.", ""), ("embed_in", "token_embd"), ("embed_out", "output"), ("layers.", "blk."),
+        ("final_layer_norm", "output_norm"), ("input_layernorm", "attn_norm"), ("attention.dense", "attn_output"),
+        ("post_attention_layernorm", "ffn_norm"), ("attention.query_key_value", "attn_qkv"),
+        ("mlp.dense_h_to_4h", "ffn_up"), ("mlp.dense_4h_to_h", "ffn_down"),
+    )  # fmt: skip
+    w = _renamed(hf, names)
+    for name, value in w.items():
+        if "attn_qkv" in name:
+            parts = value.reshape(heads, 3, -1, *value.shape[1:])
+            w[name] = np.concatenate([parts[:, i].reshape(-1, *value.shape[1:]) for i in range(3)])
+    return w
+
+
 def gpt_neox_hf(
     vocab: int = 101, width: int = 48, layers: int = 3, heads: int = 4, d_ff: int = 80, seed: int = 0
 ) -> Tensors:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.finetune.lora import LoRA, add_lora
 from loadstone.model import GPT
 

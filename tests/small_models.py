@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dialects
+import kin
 from memory import MemoryCheckpoint
 
 GPT2 = dialects.gpt2_hf()
@@ -56,17 +58,42 @@ def llama_checkpoint(dialect: str) -> MemoryCheckpoint:
 
 
 NEOX = dialects.gpt_neox_hf()
+NEOX_GGUF_METADATA = {
+    "general.architecture": "gptneox",
+    "gptneox.context_length": 2048,
+    "gptneox.embedding_length": 48,
+    "gptneox.block_count": 3,
+    "gptneox.feed_forward_length": 80,
+    "gptneox.attention.head_count": 4,
+    "gptneox.attention.layer_norm_epsilon": 1e-5,
+    "gptneox.rope.dimension_count": 4,
+    "gptneox.use_parallel_residual": True,
+}
 NEOX_CONFIG = {"n_heads": 4, "head_dim": 12, "rope": {"dims": 4}}
 
 
 def gpt_neox_checkpoint(dialect: str) -> MemoryCheckpoint:
-    assert dialect == "hf"
+    if dialect == "gguf":
+        return MemoryCheckpoint(dialects.gpt_neox_gguf(NEOX, heads=4), metadata=NEOX_GGUF_METADATA)
     return MemoryCheckpoint(NEOX)
 
 
-CHECKPOINTS = {"gpt2": gpt2_checkpoint, "llama": llama_checkpoint, "gpt_neox": gpt_neox_checkpoint}
+def gptj_checkpoint(dialect: str) -> MemoryCheckpoint:
+    assert dialect == "hf"
+    return MemoryCheckpoint(kin.gptj_hf(), metadata={"hf_config": kin.GPTJ_CONFIG})
+
+
+CHECKPOINTS: dict[str, Callable[[str], MemoryCheckpoint]] = {
+    "gpt2": gpt2_checkpoint,
+    "llama": llama_checkpoint,
+    "gpt_neox": gpt_neox_checkpoint,
+    "gptj": gptj_checkpoint,
+    **{name: partial(kin.checkpoint, family) for name, family in kin.KIN.items()},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_heads": 4},
     "llama": {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2},
     "gpt_neox": NEOX_CONFIG,
+    "gptj": {"n_heads": 6, "rope": {"dims": kin.GPTJ_TURNED}},
+    **{name: {"n_heads": 6, "head_dim": 8, "n_kv_heads": 2} for name in kin.KIN},
 }

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadstone.config import GPTConfig, Rope, from_gguf, from_hf, from_meta, from_nanogpt, from_openai, gpt2_config
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.config.losses import differences
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.config.rope_factors import rope_factors, with_named_scaling
 from loadstone.config.to_gguf import ROPE_FREQS, gguf_tensors, to_gguf
 from loadstone.config.to_hf import generation_config, to_hf
 from loadstone.config.to_others import meta_width, to_meta, to_nanogpt, to_openai, to_raschka
 from loadstone.errors import ConfigError
-from loadstone.model import inverse_frequencies
+from loadstone.positions import inverse_frequencies
 
 GPT2 = gpt2_config(768, 12, 12)
 LLAMA3 = Rope(5e5, "llama3", 32.0, 8192, 1.0, 4.0)
@@ -119,7 +119,7 @@ def test_from_gguf_undoes_to_gguf(architecture: str, data: st.DataObject) -> Non
     assert bool(factors) == (config.rope is not None and config.rope.scaling == "llama3")
     if factors and config.rope and back.rope:
         ours, theirs = (inverse_frequencies(rope, config.head_dim)[0] for rope in (config.rope, back.rope))
-        assert torch.allclose(ours, theirs, rtol=2e-5, atol=0)
+        assert torch.allclose(ours, theirs, rtol=2e-4, atol=0)  # a large factor magnifies the rounding of float32
         back = replace(back, rope=config.rope)
     assert in_float32(back) == in_float32(config)
 
@@ -219,7 +219,7 @@ ERF = replace(GPT2, activation="gelu")
         (to_gguf, replace(LLAMA, norm_bias=True), "norm_bias: wanted True, GGUF means False"),
         (to_gguf, replace(GPT2, norm_eps=1e-50), "norm_eps must be a positive number, found 0.0"),
         (to_gguf, replace(LLAMA, rope=Rope(1e39)), "theta must be a positive number other than 1, found inf"),
-        (to_gguf, NEOX, "GGUF is written for gpt2 and llama only; this model is a gpt_neox"),
+        (to_gguf, replace(NEOX, architecture="gptj"), "GGUF is written for gpt2 and .* only; this model is a gptj"),
         (to_meta, replace(LLAMA, activation="relu", qkv_bias=True), "activation: .*qkv_bias"),
         (to_meta, replace(LLAMA, head_dim=128), "head_dim: wanted 128, Meta's Llama means 64"),
         (to_meta, replace(LLAMA, rope=replace(LLAMA3, high_freq_factor=3.0)), "rope.high_freq_factor: wanted 3.0"),

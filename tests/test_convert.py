@@ -27,7 +27,11 @@ from model_files import GPT2, write_hf
 from small_models import CHECKPOINTS, CONFIGS
 
 module = import_module("loadstone.convert")  # the package's own name for it is the function
-DIALECTS = {arch: [t.dialect for t in TABLES if t.architecture == arch] for arch in CHECKPOINTS}
+# A Mistral in GGUF is a llama, and comes back as one.
+DIALECTS = {
+    arch: dict.fromkeys(t.dialect for t in TABLES if t.architecture == arch and t.name != "mistral/gguf")
+    for arch in CHECKPOINTS
+}
 PAIRS = [(arch, a, b) for arch, names in DIALECTS.items() for a, b in product(names, names)]
 ACCEPT = {"nanogpt": ["activation"]}
 

@@ -11,9 +11,10 @@ import torch
 import dialects
 import reference
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import LLAMA_FIELDS
+from loadstone.config.families import LLAMA_FIELDS
 from loadstone.load import load_model, open_source
-from loadstone.model import GPT, inverse_frequencies
+from loadstone.model import GPT
+from loadstone.positions import inverse_frequencies
 from loadstone.weightmap import parameter_shapes
 from memory import MemoryCheckpoint
 
@@ -26,6 +27,14 @@ SWITCHES = {
     "llama, one kv head": GPTConfig(97, 24, 32, 2, 4, n_kv_heads=1, head_dim=6, rope=Rope(), **LLAMA_FIELDS),
     "llama 3 scaling": GPTConfig(97, 24, 32, 2, 4, rope=Rope(500.0, "llama3", 8.0, 12), tied=False, **LLAMA_FIELDS),
     "yarn": GPTConfig(97, 24, 32, 2, 4, rope=Rope(1e4, "yarn", 4.0, 8), **LLAMA_FIELDS),
+    "window": GPTConfig(97, 24, 32, 2, 4, n_kv_heads=2, rope=Rope(), window=5, **LLAMA_FIELDS),
+    "window, learned positions": GPTConfig(97, 24, 32, 2, 4, window=1),
+    "qk norm": GPTConfig(97, 24, 32, 2, 4, n_kv_heads=2, head_dim=16, rope=Rope(), qk_norm=True, **LLAMA_FIELDS),
+    "experts": GPTConfig(97, 24, 32, 2, 4, rope=Rope(), n_experts=5, n_experts_used=2, **LLAMA_FIELDS),
+    "experts of gpt2": GPTConfig(97, 24, 32, 2, 4, n_experts=3, n_experts_used=1, expert_weights_sum_to_one=False),
+    "gptj": GPTConfig(
+        97, 24, 32, 2, 4, rope=Rope(dims=4), parallel_residual=True, shared_norm=True, tied=False, head_bias=True
+    ),
     "relu, rope, layernorm": GPTConfig(97, 24, 32, 2, 4, rope=Rope(scaling="linear", factor=2.0), activation="relu"),
 }
 

@@ -10,7 +10,7 @@ import torch
 from loadstone import GPT, GPTConfig, LoadstoneError, load
 from loadstone.certificate import check
 from loadstone.config import Rope
-from loadstone.config.others import LLAMA_FIELDS
+from loadstone.config.families import LLAMA_FIELDS
 from loadstone.save import save_model
 
 CONFIGS = {

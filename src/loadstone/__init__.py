@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .errors import LoadstoneError
     from .generate import Completion, Generation, Session, Stream, generate, generate_text, generate_texts, stream_text
     from .load import load, load_model, load_tokenizer_for, open_source
-    from .model import GPT, KVCache
+    from .model import GPT
+    from .positions import KVCache
     from .sampling import Sampling
     from .tokenizer import Tokenizer
     from .verify import VerifyReport, verify
@@ -75,7 +76,7 @@ _HOME = {
     "load_tokenizer_for": "load",
     "open_source": "load",
     "GPT": "model",
-    "KVCache": "model",
+    "KVCache": "positions",
     "Sampling": "sampling",
     "Tokenizer": "tokenizer",
     "VerifyReport": "verify",

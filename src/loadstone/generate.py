@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .config import GPTConfig
 from .errors import LoadstoneError
-from .model import GPT, KVCache
+from .model import GPT
+from .positions import KVCache
 from .sampling import Sampling, choose
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The GPT: the full definition of every family's model, in this single file, read top to bottom.
 
 Shapes: B batch, T tokens of this call, S cache slots attended to, C d_model, H query heads, K key/value heads,
-D head_dim, R the turned elements of a head (all, usually), F d_ff, V vocabulary.
+D head_dim, F d_ff, V vocabulary, N tokens of all rows, E experts, A experts of one token.
 
 The model knows token ids and one naming of its parameters. Weights enter and leave through weight maps alone. It has
 no buffers: whatever is not a parameter follows from the config, so nothing but parameters can be lost in a file.
@@ -10,147 +10,16 @@ no buffers: whatever is not a parameter follows from the config, so nothing but 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .config import GPTConfig, Rope
-
-
-class KVCache:
-    """Keys and values of every layer, allocated once (or, with `allocate`, in doublings from so many slots on).
-
-    Rows may have different lengths. A row's tokens lie at slots 0 .. length-1, at their own positions; what lies beyond
-    is garbage that no query can see (a key at slot s is visible from position p only if s <= p) and that the row's next
-    tokens overwrite. So prompts of unequal length are padded on the right and need no mask of their own.
-
-    Attributes:
-        lengths: tokens held, per row. The model reads them as the positions where the next tokens go, and adds to them;
-            a caller that padded sets them back, and to forget tokens is to lower them.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch: int = 1,
-        length: int | None = None,
-        *,
-        allocate: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.size = config.context_length if length is None else min(length, config.context_length)
-        slots = self.size if allocate is None else min(allocate, self.size)
-        shape = (config.n_layers, 2, batch, config.n_kv_heads, slots, config.head_dim)
-        # Zeros, not empty: a masked slot has weight 0, and 0 * NaN is NaN.
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)  # [layers, 2, B, K, slots, D]
-        self.lengths = [0] * batch
-
-    def reserve(self, end: int) -> None:
-        """Make room up to slot `end`, doubling: for a conversation, whose length nobody knows beforehand."""
-        slots = self.kv.shape[4]
-        if end > slots:
-            grown = self.kv.new_zeros((*self.kv.shape[:4], min(max(end, 2 * slots), self.size), self.kv.shape[5]))
-            grown[:, :, :, :, :slots] = self.kv
-            self.kv = grown
-
-    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Write this call's keys and values; return all that the queries may attend to, both [B, K, S, D]."""
-        keys, values = self.kv[layer]
-        if positions.uniform:
-            slots = slice(positions.end - k_BKTD.shape[2], positions.end)
-            keys[:, :, slots], values[:, :, slots] = k_BKTD, v_BKTD
-        else:
-            rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
-            keys[rows, :, positions.ids_BT] = k_BKTD.transpose(1, 2)  # indexed as [B, T, K, D]
-            values[rows, :, positions.ids_BT] = v_BKTD.transpose(1, 2)
-        return keys[:, :, : positions.end], values[:, :, : positions.end]
-
-
-class Positions:
-    """Where the tokens of one call stand, and what follows from it for all layers: rotation and mask.
-
-    `segments_BT` numbers the documents packed into each row: positions begin anew in each, and none sees another.
-
-    Raises IndexError if a position lies beyond the context or the cache.
-    """
-
-    def __init__(
-        self, config: GPTConfig, starts: Sequence[int], n_tokens: int, limit: int, like: Tensor,
-        segments_BT: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        self.end = max(starts) + n_tokens
-        if self.end > limit:
-            raise IndexError(f"position {self.end - 1} is beyond the limit of {limit} tokens")
-        self.uniform = len(set(starts)) == 1
-        first = starts[:1] if self.uniform else starts
-        device = like.device
-        # [1, T] if all rows stand alike, else [B, T]
-        self.ids_BT = torch.tensor(first, device=device)[:, None] + torch.arange(n_tokens, device=device)
-        self.causal = n_tokens > 1 and max(starts) == 0
-        self.mask: Tensor | None = None  # [B or 1, 1, T, S]; None means causal, or everything
-        if not self.causal and (n_tokens > 1 or not self.uniform):
-            self.mask = (torch.arange(self.end, device=device) <= self.ids_BT[..., None])[:, None]
-        if segments_BT is not None:
-            self._separate(segments_BT)
-        self.rotation = rotation(config.rope, config.head_dim, self.ids_BT, like) if config.rope else None
-
-    def _separate(self, segments_BT: Tensor) -> None:
-        """Positions and mask of packed documents; each occupies neighbouring tokens of its row."""
-        steps = self.ids_BT.expand_as(segments_BT)  # [B, T]
-        same_BTT = segments_BT[:, :, None] == segments_BT[:, None]
-        self.mask = (same_BTT & (steps[:, None] <= steps[..., None]))[:, None]
-        begins = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0))  # where another document starts
-        self.ids_BT = steps - torch.where(begins, steps, 0).cummax(dim=1).values
-        self.causal = False
-
-
-@cache
-def inverse_frequencies(rope: Rope, dims: int) -> tuple[Tensor, float]:
-    """Radians per position for each of the R/2 turned pairs (of R elements), float32, and the factor on cos and sin.
-
-    Scalings: linear (Chen et al. 2023, arXiv:2306.15595), llama3 (Llama 3.1's `use_scaled_rope`), yarn (Peng et al.
-    2023, arXiv:2309.00071), factors (GGUF's rope_freqs.weight). Values as transformers and llama.cpp compute them.
-    """
-    steps = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / rope.theta ** (steps / dims)  # [R/2]
-    if rope.scaling == "linear":
-        return frequencies / rope.factor, 1.0
-    if rope.scaling == "factors":
-        return frequencies / torch.tensor(rope.factors, device="cpu"), 1.0
-    if rope.scaling == "llama3":
-        turns = rope.original_context * frequencies / (2 * math.pi)  # full turns over the original context
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / rope.factor), 1.0
-    if rope.scaling == "yarn":
-        low, high = (
-            dims * math.log(rope.original_context / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
-            for beta in (rope.beta_fast, rope.beta_slow)
-        )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), dims - 1)
-        keep = 1 - ((torch.arange(dims // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-        attention = rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)
-        return frequencies * (keep + (1 - keep) / rope.factor), attention
-    return frequencies, 1.0
-
-
-def rotation(rope: Rope, head_dim: int, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, both [B, 1, T, R/2], computed in float32 and given in the type of `like`."""
-    frequencies, factor = inverse_frequencies(rope, rope.dims or head_dim)
-    angles = positions_BT[:, None, :, None].float() * frequencies.to(positions_BT.device)
-    return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)
-
-
-def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn element j with element j + R/2 by the angle of its position; the elements from R on stay as they are."""
-    half = cos.shape[-1]
-    a, b = x_BHTD[..., :half], x_BHTD[..., half : 2 * half]  # both [B, H, T, R/2]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, x_BHTD[..., 2 * half :]), dim=-1)
+from .config import GPTConfig
+from .positions import KVCache, Positions, rotate
 
 
 class Linear(nn.Linear):
@@ -173,19 +42,19 @@ class Embedding(nn.Embedding):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, with or without bias."""
+    """LayerNorm or RMSNorm, with or without bias, over the residual stream or (`width`) over each head."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, width: int = 0) -> None:
         super().__init__()
-        self.eps, self.rms, self.shape = config.norm_eps, config.norm == "rmsnorm", (config.d_model,)
-        self.weight = nn.Parameter(torch.empty(config.d_model))
-        self.bias = nn.Parameter(torch.empty(config.d_model)) if config.norm_bias else None
+        self.eps, self.rms, self.shape = config.norm_eps, config.norm == "rmsnorm", (width or config.d_model,)
+        self.weight = nn.Parameter(torch.empty(self.shape))
+        self.bias = nn.Parameter(torch.empty(self.shape)) if config.norm_bias else None
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.rms:
-            y = F.rms_norm(x_BTC, self.shape, self.weight, self.eps)
+            y = F.rms_norm(x, self.shape, self.weight, self.eps)
             return y if self.bias is None else y + self.bias
-        return F.layer_norm(x_BTC, self.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -202,6 +71,8 @@ class Attention(nn.Module):
         self.q = Linear(config.d_model, width, bias=config.qkv_bias)
         self.k = Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.q_norm = Norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, self.head_dim) if config.qk_norm else None
         self.out = Linear(width, config.d_model, bias=config.attn_out_bias)
 
     def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
@@ -209,6 +80,9 @@ class Attention(nn.Module):
         q = self.q(x_BTC).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
         k = self.k(x_BTC).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, D]
         v = self.v(x_BTC).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, T, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            kind = self.q_norm.weight.dtype  # under autocast q and k come in its type, and are normed in float32
+            q, k = self.q_norm(q.to(kind)), self.k_norm(k.to(kind))
         if positions.rotation:
             q, k = rotate(q, *positions.rotation), rotate(k, *positions.rotation)
         if cache is not None:
@@ -245,8 +119,34 @@ class MLP(nn.Module):
         return self.down(h_BTF)
 
 
+class Experts(nn.Module):
+    """Sparse mixture (Shazeer et al. 2017, arXiv:1701.06538): a router picks a few of the MLPs for each token.
+
+    The router's softmax is over all experts, in float32; the weights of those picked may be made to sum to 1.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_used, self.sum_to_one = config.n_experts_used, config.expert_weights_sum_to_one
+        self.router = Linear(config.d_model, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_experts))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_NC = x_BTC.flatten(0, -2)
+        weights_NA, chosen_NA = F.softmax(self.router(x_NC), dim=-1, dtype=torch.float32).topk(self.n_used, dim=-1)
+        if self.sum_to_one:
+            weights_NA = weights_NA / weights_NA.sum(dim=-1, keepdim=True)
+        y_NC = torch.zeros_like(x_NC)
+        # In training all take part, if with no rows: processes that add up gradients must have the same ones.
+        for e in range(len(self.experts)) if self.training else torch.unique(chosen_NA).tolist():
+            rows, place = (chosen_NA == e).nonzero(as_tuple=True)
+            part = self.experts[e](x_NC[rows]) * weights_NA[rows, place, None]
+            y_NC = y_NC.index_add(0, rows, part.to(y_NC.dtype))
+        return y_NC.view_as(x_BTC)
+
+
 class Block(nn.Module):
-    """Pre-norm residual block; in the parallel form attention and MLP read the same x."""
+    """Pre-norm residual block; in the parallel form attention and MLP read the same x, and may share its norm."""
 
     dropout = 0.0
 
@@ -255,12 +155,15 @@ class Block(nn.Module):
         self.parallel = config.parallel_residual
         self.norm1 = Norm(config)
         self.attn = Attention(config)
-        self.norm2 = Norm(config)
-        self.mlp = MLP(config)
+        self.norm2 = None if config.shared_norm else Norm(config)
+        self.mlp = Experts(config) if config.n_experts else MLP(config)
 
     def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
-        attended_BTC = x_BTC + dropped(self, self.attn(self.norm1(x_BTC), positions, cache, layer))
-        return attended_BTC + dropped(self, self.mlp(self.norm2(x_BTC if self.parallel else attended_BTC)))
+        h_BTC = self.norm1(x_BTC)
+        attended_BTC = x_BTC + dropped(self, self.attn(h_BTC, positions, cache, layer))
+        if self.norm2 is not None:
+            h_BTC = self.norm2(x_BTC if self.parallel else attended_BTC)
+        return attended_BTC + dropped(self, self.mlp(h_BTC))
 
 
 def dropped(module: Block | GPT, x: Tensor) -> Tensor:
@@ -288,7 +191,7 @@ class GPT(nn.Module):
         self.pos_emb = None if config.rope else Embedding(config.context_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = Norm(config)
-        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if not self.tok_emb.weight.is_meta:
             self.init_weights()
 
@@ -297,7 +200,7 @@ class GPT(nn.Module):
         """GPT-2's: normal(0, 0.02), residual outputs scaled by 1/sqrt(2 n_layers), biases 0, norms 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                residual = name.endswith(("attn.out.weight", ".down.weight"))
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -336,9 +239,14 @@ class GPT(nn.Module):
             cache.lengths = [start + T for start in starts]
         return self.norm(x_BTC)
 
+    @property
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        """What makes logits of hidden states: the matrix [V, C], the embedding's own if tied, and the bias [V]."""
+        return (self.tok_emb.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+
     def logits(self, x_BTC: Tensor) -> Tensor:
         """Hidden states -> scores over the vocabulary, [..., V]."""
-        return F.linear(x_BTC, self.tok_emb.weight if self.head is None else self.head.weight)
+        return F.linear(x_BTC, *self.output)
 
     def forward(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V] for the token after each."""

@@ -9,7 +9,7 @@ from typing import Any
 from .checkpoint.base import Checkpoint
 from .checkpoint.wording import folded, layer_template, size_text
 from .weightmap import Identity, LoadPlan, Step
-from .weightmap.canonical import parameter_count
+from .weightmap.canonical import active_count, parameter_count
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def identity_facts(identity: Identity) -> dict[str, Any]:
         "config_source": identity.config_source,
         "assumed": identity.assumed,
         "parameters": parameter_count(identity.config),
+        "active_parameters": active_count(identity.config),
         "tie": tie_text(identity),
         "orientation": {"stored": identity.weight_map.orientation, "agree": agree, "of": able},
         "prefixes": plan.prefixes,
@@ -86,6 +87,9 @@ def _model_lines(identity: Identity) -> Iterator[tuple[str, str]]:
         f"{parameter_count(config):,} parameters: {config.n_layers} layers, width {config.d_model}, {heads} of "
         f"{config.head_dim}, MLP {config.d_ff}, vocabulary {config.vocab_size:,}, context {config.context_length:,}",
     )
+    if config.n_experts:
+        experts = f"{config.n_experts_used} of {config.n_experts} experts for each token"
+        yield "experts", f"{experts}: {active_count(config):,} parameters take part in it"
     yield "config", f"from {identity.config_source}"
     for line in identity.assumed:
         yield "assumed", line

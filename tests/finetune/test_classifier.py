@@ -20,7 +20,7 @@ from loadstone.checkpoint import open_checkpoint, proof
 from loadstone.cli.classify import classify as cli_classify
 from loadstone.cli.options import spread
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.data.batch import Sample, collate
 from loadstone.data.labelled import LabelledRows
 from loadstone.data.records import Ragged

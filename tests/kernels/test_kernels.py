@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loadstone.config import GPTConfig
-from loadstone.config.others import GPT_NEOX_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS
 from loadstone.data.batch import IGNORED
 from loadstone.kernels import attention as attention_file
 from loadstone.kernels import keep_freed_memory, speed_up

@@ -11,7 +11,7 @@ import torch
 
 from conftest import shared_folder
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.data.batch import Sample, collate
 from loadstone.data.prompts import ChatStyle, Message
 from loadstone.finetune.classifier import Classifier, classify

@@ -18,7 +18,7 @@ from conftest import shared_folder
 from loadstone.checkpoint.gguf import Gguf
 from loadstone.checkpoint.write_gguf import default_types, write_gguf
 from loadstone.config import GPTConfig, Rope, from_hf
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.config.to_gguf import gguf_tensors, to_gguf
 from loadstone.config.to_hf import generation_config, to_hf
 from loadstone.load import load_model, open_source

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from loadstone.config import PRESETS, GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.model import GPT
 from loadstone.train.flops import count, palm_per_token
 
@@ -24,6 +24,20 @@ FAMILIES = {
     "gpt2 untied, without biases": GPTConfig(50, 32, 32, 3, 4, tied=False, qkv_bias=False, mlp_bias=False),
     "llama": GPTConfig(50, 32, 32, 2, 4, **LLAMA),
     "llama with groups and wide heads": GPTConfig(50, 32, 32, 2, 4, n_kv_heads=2, head_dim=16, tied=False, **LLAMA),
+    "qk norm, window": GPTConfig(50, 32, 32, 2, 4, n_kv_heads=2, window=5, qk_norm=True, **LLAMA),
+    "gptj": GPTConfig(
+        50,
+        32,
+        32,
+        2,
+        4,
+        architecture="gptj",
+        rope=Rope(dims=4),
+        parallel_residual=True,
+        shared_norm=True,
+        tied=False,
+        head_bias=True,
+    ),
     "neox": GPTConfig(50, 32, 32, 2, 4, architecture="gpt_neox", rope=Rope(dims=4), **GPT_NEOX_FIELDS),
 }
 T = 24
@@ -42,6 +56,22 @@ def counted(config: GPTConfig, *, recompute: bool = False, trainable: Collection
         with FlopCounterMode(display=False) as backward:
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()  # type: ignore[no-untyped-call]
     return forward.get_total_flops() // 2, backward.get_total_flops() // 2
+
+
+EXPERTS = {
+    "mixtral": GPTConfig(50, 32, 32, 2, 4, n_experts=4, n_experts_used=2, **LLAMA),
+    "experts of gpt2": GPTConfig(50, 32, 32, 2, 4, n_experts=3, n_experts_used=1),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name: str, recompute: bool) -> None:
+    """However the router shares the tokens out, their products are the same in all; frozen, it is an even share."""
+    found = count(EXPERTS[name], T, recompute=recompute)
+    assert (found.forward, found.backward + found.again) == counted(EXPERTS[name], recompute=recompute)
+    config = EXPERTS[name]
+    assert palm_per_token(config, T) < palm_per_token(replace(config, n_experts_used=config.n_experts), T)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -16,7 +16,7 @@ import torch
 
 from loadstone.cli import main
 from loadstone.config import PRESETS, GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS, LLAMA_FIELDS
 from loadstone.errors import ConfigError
 from loadstone.kernels import speed_up
 from loadstone.model import GPT
@@ -33,6 +33,11 @@ CONFIGS = {
     "llama": GPTConfig(300, 64, 64, 2, 4, **LLAMA),
     "groups": GPTConfig(300, 64, 64, 2, 4, n_kv_heads=2, **LLAMA),
     "one key head": GPTConfig(300, 64, 64, 3, 4, n_kv_heads=1, **LLAMA),
+    "window": GPTConfig(300, 64, 64, 2, 4, window=9, **LLAMA),
+    "qk norm": GPTConfig(300, 64, 64, 2, 4, n_kv_heads=2, qk_norm=True, **LLAMA),
+    "gptj": GPTConfig(300, 64, 64, 2, 4, rope=Rope(dims=4), parallel_residual=True, shared_norm=True, tied=False),
+    "experts": GPTConfig(300, 64, 64, 2, 4, n_experts=3, n_experts_used=2, **LLAMA),
+    "experts of gpt2": GPTConfig(300, 64, 64, 2, 4, n_experts=4, n_experts_used=1),
     "neox": GPTConfig(300, 64, 64, 2, 4, architecture="gpt_neox", rope=Rope(dims=4), **GPT_NEOX_FIELDS),
 }
 

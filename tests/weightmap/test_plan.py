@@ -14,7 +14,7 @@ import torch
 import dialects
 from loadstone.checkpoint.base import TensorInfo
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import LLAMA_FIELDS
+from loadstone.config.families import LLAMA_FIELDS
 from loadstone.errors import ConfigError, LoadstoneError, PlanError
 from loadstone.load import load_model, open_source
 from loadstone.weightmap import identify, make_plan

@@ -13,9 +13,9 @@ import torch
 
 import reference
 from loadstone.config import GPTConfig, Rope
+from loadstone.config.families import FAMILIES, SPARSE
 from loadstone.load import load_model, open_source
 from loadstone.weightmap import TABLES, WeightMap, apply, make_plan, parameter_shapes
-from loadstone.weightmap.facts import FAMILY_FIELDS
 from loadstone.weightmap.gpt2 import HF, OPENAI
 from loadstone.weightmap.ops import Op, RotaryHalves, SplitQKV, Squeeze, Transpose
 from loadstone.weightmap.rules import Rule
@@ -112,10 +112,11 @@ def test_a_table_read_backwards_writes_the_dialect(table: WeightMap) -> None:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_a_table_names_every_parameter_of_its_architecture(table: WeightMap) -> None:
     config = GPTConfig(11, 12, 8, 2, 2, tied=table.dialect == "openai")
-    if table.architecture in FAMILY_FIELDS:
-        family = {"tied": False} | FAMILY_FIELDS[table.architecture]
+    if table.architecture != "gpt2":
+        family = {"tied": False} | FAMILIES[table.architecture].fields
+        family |= {"n_experts": 3, "n_experts_used": 1} if table.architecture in SPARSE else {}
         config = GPTConfig(11, 12, 8, 2, 2, architecture=table.architecture, rope=Rope(), **family)
-    targets = [target for rule in table.expand(2) for target in rule.target]
+    targets = [target for rule in table.expand(2, config.n_experts) for target in rule.target]
     assert set(parameter_shapes(config)) <= set(targets)
     assert len(targets) == len(set(targets))
 

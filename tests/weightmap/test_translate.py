@@ -16,7 +16,7 @@ from loadstone.weightmap import TABLES, Identity, Translated, table_for
 from memory import MemoryCheckpoint
 from small_models import CHECKPOINTS, CONFIGS, GPT2, NEOX
 
-DIALECTS = {arch: [t.dialect for t in TABLES if t.architecture == arch] for arch in CHECKPOINTS}
+DIALECTS = {arch: dict.fromkeys(t.dialect for t in TABLES if t.architecture == arch) for arch in CHECKPOINTS}
 PAIRS = [(arch, a, b) for arch, names in DIALECTS.items() for a, b in product(names, names)]
 
 

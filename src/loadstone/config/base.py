@@ -58,6 +58,10 @@ class Rope:
                 raise ConfigError(f"rope {name} must be {range_}, found {getattr(self, name)!r}.")
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
@@ -77,18 +81,25 @@ class GPTConfig:
     n_kv_heads: int = 0  # key/value heads, shared by groups of query heads (GQA); 0 means n_heads
     head_dim: int = 0  # 0 means d_model / n_heads
     d_ff: int = 0  # width inside the MLP; 0 means 4 d_model
-    architecture: str = "gpt2"  # which weight tables apply: gpt2, llama, gpt_neox
+    architecture: str = "gpt2"  # which weight tables apply; docs/dialects.md lists them
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     activation: str = "gelu_tanh"  # GPT-2 was trained with the tanh form: erf (`gelu`) differs by up to 4.7e-4 a unit
     gated_mlp: bool = False  # SwiGLU: down(act(gate(x)) * up(x)) instead of down(act(up(x)))
     rope: Rope | None = None  # None: learned position embeddings
+    window: int = 0  # tokens that each one sees, itself and those just before it (Mistral); 0: all
+    qk_norm: bool = False  # every head's q and k are normed before they are turned (Qwen3)
     parallel_residual: bool = False  # x + attn(norm1(x)) + mlp(norm2(x)), as in GPT-J and GPT-NeoX
+    shared_norm: bool = False  # parallel, and norm2 is norm1 (GPT-J)
+    n_experts: int = 0  # MLPs of which a router picks some for each token (Mixtral); 0: one MLP for all
+    n_experts_used: int = 0  # how many it picks
+    expert_weights_sum_to_one: bool = True  # those of the picked ones, as they were a softmax over them alone
     qkv_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
     tied: bool = True  # the head is the token embedding: one tensor
+    head_bias: bool = False  # of an untied head (GPT-J)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -112,7 +123,7 @@ class GPTConfig:
         self._check()
 
     def _check_types(self) -> None:
-        flags = ("gated_mlp", "parallel_residual", "qkv_bias", "attn_out_bias", "mlp_bias", "norm_bias", "tied")
+        flags = [field.name for field in fields(self) if field.type == "bool"]
         ids = (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))) if self._is_ids() else (None,)
         for name, good, wanted in (
             *((flag, isinstance(getattr(self, flag), bool), "true or false") for flag in flags),
@@ -120,6 +131,9 @@ class GPTConfig:
             ("eos_ids", self._is_ids(), "a list of token ids"),
             ("bos_id", all(type(token) is int and token >= 0 for token in ids), "a token id or null, as eos_ids"),
             ("norm_eps", _positive(self.norm_eps), "a positive number"),
+            ("window", _is_count(self.window), "a number of tokens, or 0 for all"),
+            ("n_experts", _is_count(self.n_experts), "a whole number, 0 for none"),
+            ("n_experts_used", _is_count(self.n_experts_used), "a whole number"),
         ):
             if not good:
                 raise ConfigError(f"{name} must be {wanted}, found {getattr(self, name)!r}.")
@@ -130,6 +144,14 @@ class GPTConfig:
     def _check(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.")
+        if not (0 < self.n_experts_used <= self.n_experts or self.n_experts_used == self.n_experts == 0):
+            raise ConfigError(
+                f"n_experts_used {self.n_experts_used} cannot be picked out of n_experts {self.n_experts}."
+            )
+        if self.shared_norm and not self.parallel_residual:
+            raise ConfigError("shared_norm needs parallel_residual: one after the other, each part has its own norm.")
+        if self.head_bias and self.tied:
+            raise ConfigError("head_bias needs tied = false: a tied head is the token embedding, which has no bias.")
         if self.rope is not None:
             self._check_rope(self.rope)
         for name, value, known in (

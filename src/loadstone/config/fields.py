@@ -7,6 +7,7 @@ which keys it used, which are harmless, and everything else must be absent, null
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError
@@ -94,6 +95,10 @@ class Fields:
             return GPTConfig(**values)
         except ConfigError as error:
             raise ConfigError(f"{self.where}: {error}") from None
+
+    def replace(self, config: GPTConfig, **values: Any) -> GPTConfig:
+        """The config with other values, and the same word on what is contradictory."""
+        return self.build(**{field.name: getattr(config, field.name) for field in fields(config)} | values)
 
     def refuse_others(self, harmless: Iterable[str] = ()) -> None:
         """Raise ConfigError for fields that nobody looked at, unless empty, false, harmless, or named by the caller."""

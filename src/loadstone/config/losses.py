@@ -19,6 +19,7 @@ TOKEN_IDS = ("bos_id", "eos_ids")
 def differences(wanted: GPTConfig, meant: GPTConfig) -> dict[str, tuple[Any, Any]]:
     """Field -> (wanted, meant), where they differ; the fields of a rope as `rope.theta` and so on."""
     found = {field.name: (getattr(wanted, field.name), getattr(meant, field.name)) for field in fields(GPTConfig)}
+    found["window"] = _plain_window(wanted), _plain_window(meant)
     ours, theirs = plain_rope(wanted), plain_rope(meant)
     if ours and theirs:
         del found["rope"]
@@ -36,6 +37,11 @@ def plain_rope(config: GPTConfig) -> Rope | None:
     used = _USED[rope.scaling]
     dims = 0 if rope.dims == config.head_dim else rope.dims
     return Rope(theta=rope.theta, scaling=rope.scaling, dims=dims, **{name: getattr(rope, name) for name in used})
+
+
+def _plain_window(config: GPTConfig) -> int:
+    """The window; 0 where it holds the whole context."""
+    return config.window if config.window < config.context_length else 0
 
 
 def require_said(

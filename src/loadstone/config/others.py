@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .base import GPTConfig, Rope
+from .families import LLAMA_FIELDS
 from .fields import Fields
 
 ENDOFTEXT = 50_256  # GPT-2's only special token; the programs here do not write it down
@@ -88,22 +89,6 @@ def from_meta(
     )
     fields.refuse_others(("multiple_of", "ffn_dim_multiplier", "hidden_dim", "dropout", "max_batch_size"))
     return config
-
-
-# What makes a Llama, apart from its sizes.
-LLAMA_FIELDS: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "norm_bias": False,
-    "activation": "silu",
-    "gated_mlp": True,
-    "qkv_bias": False,
-    "attn_out_bias": False,
-    "mlp_bias": False,
-}
-
-
-# What makes a GPT-NeoX, apart from its sizes; rotary dims are a quarter of a head in every published one.
-GPT_NEOX_FIELDS: dict[str, Any] = {"activation": "gelu", "parallel_residual": True, "tied": False}
 
 
 def _endoftext(vocab_size: int) -> dict[str, Any]:

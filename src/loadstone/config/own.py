@@ -21,7 +21,7 @@ def from_own(values: Mapping[str, Any], where: str) -> GPTConfig:
     rope = fields.get("rope")
     if isinstance(rope, Mapping) and isinstance(rope.get("factors"), list):
         fields["rope"] = {**rope, "factors": tuple(rope["factors"])}
-    if missing := [name for name in asdict(_ANY) if name not in fields]:
+    if missing := [name for name in asdict(_ANY) if name not in fields and name not in LATER]:
         raise ConfigError(f"{where}: its config lacks {', '.join(missing)}. Was it written by another version?")
     try:
         return _ANY.with_overrides(fields)
@@ -29,4 +29,8 @@ def from_own(values: Mapping[str, Any], where: str) -> GPTConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
+# Fields that came later, so that older records do not have them; what they ask for was off then.
+LATER = (
+    "window", "qk_norm", "shared_norm", "n_experts", "n_experts_used", "expert_weights_sum_to_one", "head_bias",
+)  # fmt: skip
 _ANY = gpt2_config(8, 1, 1)  # every field is replaced

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import GPTConfig, Rope
+from .families import FAMILIES, OF_GGUF
 from .gguf import from_gguf
 from .losses import TOKEN_IDS, plain_rope, require_architecture, require_said
 from .rope_factors import rope_factors
@@ -24,7 +25,8 @@ def to_gguf(config: GPTConfig, accept: Collection[str] = ()) -> dict[str, Any]:
     Llama 3's rotary scaling is not among them: it is the tensor that `gguf_tensors` gives.
     Raises ConfigError for what llama.cpp's graph of the architecture does not do, naming the fields.
     """
-    require_architecture(config, "GGUF", "gpt2", "llama")
+    require_architecture(config, "GGUF", *(name for name, family in FAMILIES.items() if family.gguf))
+    prefix = FAMILIES[config.architecture].gguf
     values = {
         "context_length": config.context_length,
         "embedding_length": config.d_model,
@@ -32,23 +34,29 @@ def to_gguf(config: GPTConfig, accept: Collection[str] = ()) -> dict[str, Any]:
         "feed_forward_length": config.d_ff,
         "attention.head_count": config.n_heads,
         "vocab_size": config.vocab_size,  # where there is no vocabulary, llama.cpp knows the rows only from here
-        **(_llama(config) if config.architecture == "llama" else _gpt2(config)),
+        **_WRITERS.get(prefix, _llama_like)(config),
     }
-    prefix = config.architecture
     metadata = {"general.architecture": prefix, "general.type": "model", **_token_ids(config)}
     metadata |= {f"{prefix}.{key}": value for key, value in values.items()}
-    # The graph of a GPT-2 asks for every bias; a Llama's linear layers may have theirs, its norms have none.
-    flags = {name: prefix == "gpt2" or getattr(config, name) for name in LINEAR_BIASES}
-    facts = {"vocab_size": config.vocab_size, "tied": config.tied, "norm_bias": prefix == "gpt2"} | flags
+    # The graphs of GPT-2 and GPT-NeoX ask for every bias; a Llama's linear layers may have theirs, its norms have none.
+    whole = prefix in _WRITERS
+    flags = {name: whole or getattr(config, name) for name in LINEAR_BIASES}
+    facts = {"vocab_size": config.vocab_size, "tied": config.tied, "norm_bias": whole} | flags
     factors = gguf_tensors(config).get(ROPE_FREQS)
     meant = from_gguf(metadata, facts, rope_factors=() if factors is None else tuple(factors.tolist()))
-    require_said(_stored(_with_factors(config)), _stored(meant), "GGUF", accept, TOKEN_IDS)
+    # Mistral and Mixtral are a `llama` there: the same function by another name.
+    unrecorded = TOKEN_IDS if OF_GGUF[prefix] == config.architecture else (*TOKEN_IDS, "architecture")
+    require_said(_stored(_with_factors(config)), _stored(meant), "GGUF", accept, unrecorded)
     return metadata
 
 
 def gguf_tensors(config: GPTConfig) -> dict[str, NDArray[np.float32]]:
-    """Tensors that stand for config fields: `rope_freqs.weight` where a Llama has Llama 3's scaling."""
-    factors = None if config.rope is None else rope_factors(config.rope, config.rope.dims or config.head_dim)
+    """Tensors that stand for config fields: `rope_freqs.weight` where a Llama has Llama 3's scaling.
+
+    llama.cpp's other graphs do not look for it.
+    """
+    rope = config.rope if FAMILIES[config.architecture].gguf == "llama" else None
+    factors = None if rope is None else rope_factors(rope, rope.dims or config.head_dim)
     return {} if factors is None else {ROPE_FREQS: factors}
 
 
@@ -83,17 +91,33 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
     return {"attention.layer_norm_epsilon": config.norm_eps}
 
 
-def _llama(config: GPTConfig) -> dict[str, Any]:
-    rope = plain_rope(config) or Rope()
+def _gptneox(config: GPTConfig) -> dict[str, Any]:
+    return _gpt2(config) | {"use_parallel_residual": config.parallel_residual} | _rope(config)
+
+
+def _llama_like(config: GPTConfig) -> dict[str, Any]:
+    experts = {
+        "expert_count": config.n_experts,
+        "expert_used_count": config.n_experts_used,
+        "expert_feed_forward_length": config.d_ff,
+    }
     return {
         "attention.head_count_kv": config.n_kv_heads,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.freq_base": rope.theta,
-        "rope.dimension_count": config.head_dim,
-        **_scaling(rope),
+        **(experts if config.n_experts else {}),
+        **_rope(config),
     }
+
+
+_WRITERS: Mapping[str, Callable[[GPTConfig], dict[str, Any]]] = {"gpt2": _gpt2, "gptneox": _gptneox}
+
+
+def _rope(config: GPTConfig) -> dict[str, Any]:
+    rope = plain_rope(config) or Rope()
+    turned = {"rope.freq_base": rope.theta, "rope.dimension_count": rope.dims or config.head_dim}
+    return turned | _scaling(rope)
 
 
 def _scaling(rope: Rope) -> dict[str, Any]:

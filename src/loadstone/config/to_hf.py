@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .base import GPTConfig, Rope
+from .families import FAMILIES
 from .hf import from_hf
 from .losses import plain_rope, require_architecture, require_said
 from .rope_factors import with_named_scaling
@@ -38,12 +39,11 @@ def to_hf(config: GPTConfig, *, dtype: str = "float32", accept: Collection[str] 
             f"({config.n_heads})."
         )
     config = with_named_scaling(config)
-    architecture, write = _WRITERS[config.architecture]
     values = {
-        "architectures": [architecture],
+        "architectures": [FAMILIES[config.architecture].hf],
         "model_type": config.architecture,
         "vocab_size": config.vocab_size,
-        **write(config),
+        **_WRITERS[config.architecture](config),
         "tie_word_embeddings": config.tied,
         **_token_ids(config),
         "dtype": dtype,  # transformers 5
@@ -82,14 +82,60 @@ def _gpt2(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def _gptj(config: GPTConfig) -> dict[str, Any]:
+    rope = config.rope or Rope()
+    return _gpt2(config) | {"rotary": True, "rotary_dim": rope.dims or config.head_dim}
+
+
 def _llama(config: GPTConfig) -> dict[str, Any]:
+    return _llama_like(config) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+def _mistral(config: GPTConfig) -> dict[str, Any]:
+    return _llama_like(config) | {"sliding_window": config.window or None}
+
+
+def _mixtral(config: GPTConfig) -> dict[str, Any]:
+    return _mistral(config) | {
+        "num_local_experts": config.n_experts,
+        "num_experts_per_tok": config.n_experts_used,
+    }
+
+
+def _qwen2(config: GPTConfig) -> dict[str, Any]:
+    window = {"sliding_window": config.window, "max_window_layers": 0} if config.window else {}
+    return _llama_like(config) | {"use_sliding_window": bool(config.window)} | window
+
+
+def _qwen3(config: GPTConfig) -> dict[str, Any]:
+    return _qwen2(config) | {"attention_bias": config.qkv_bias}
+
+
+def _qwen3_moe(config: GPTConfig) -> dict[str, Any]:
+    return _llama_like(config) | {
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": False,
+        "num_experts": config.n_experts,
+        "num_experts_per_tok": config.n_experts_used,
+        "moe_intermediate_size": config.d_ff,
+        "norm_topk_prob": config.expert_weights_sum_to_one,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _phi3(config: GPTConfig) -> dict[str, Any]:
+    values = _mistral(config) | _rope(config, part_name="partial_rotary_factor")
+    # Without a word on padding it is Phi-3's own token 32000, which may be none of this vocabulary.
+    return values | {"original_max_position_embeddings": config.context_length, "pad_token_id": None}
+
+
+def _llama_like(config: GPTConfig) -> dict[str, Any]:
     return _sizes(config) | {
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": ACTIVATIONS[config.activation],
         "rms_norm_eps": float(config.norm_eps),
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
         **_rope(config),
     }
 
@@ -153,8 +199,15 @@ def _part(dims: int, head_dim: int) -> float:
     return part if int(head_dim * part) == (dims or head_dim) else math.nextafter(part, 2)
 
 
-_WRITERS: Mapping[str, tuple[str, Callable[[GPTConfig], dict[str, Any]]]] = {
-    "gpt2": ("GPT2LMHeadModel", _gpt2),
-    "llama": ("LlamaForCausalLM", _llama),
-    "gpt_neox": ("GPTNeoXForCausalLM", _gpt_neox),
+_WRITERS: Mapping[str, Callable[[GPTConfig], dict[str, Any]]] = {
+    "gpt2": _gpt2,
+    "gptj": _gptj,
+    "gpt_neox": _gpt_neox,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "phi3": _phi3,
 }

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import GPTConfig
-from ..model import ACTIVATIONS, GPT, rotate, rotation
+from ..model import ACTIVATIONS, GPT
+from ..positions import rotate, rotation
 
 STREAM = "stream"  # what flows into a block: the embedding or the block before
-# A block's points in the order of execution, each with the points that it is computed from.
+# A block's points in the order of execution, each with the points that it is computed from; see `block_points`.
 BLOCK: Mapping[str, tuple[str, ...]] = {
     "norm1": (STREAM,),
     "attn.q": ("norm1",),
@@ -35,6 +36,23 @@ BLOCK: Mapping[str, tuple[str, ...]] = {
     "mlp.down": ("mlp.hidden",),
     "": (STREAM, "attn.out", "mlp.down"),
 }
+
+
+def block_points(config: GPTConfig) -> Mapping[str, tuple[str, ...]]:
+    """The points of this model's blocks; all experts together are one, `mlp`."""
+    found = dict(BLOCK)
+    if config.parallel_residual:
+        found["norm2"] = (STREAM,)
+    if not config.gated_mlp:
+        del found["mlp.gate"]
+        found["mlp.hidden"] = ("mlp.up",)
+    if config.n_experts:
+        found = {part: inputs for part, inputs in found.items() if not part.startswith("mlp.")}
+        found |= {"mlp": ("norm2",), "": (*found.pop("")[:-1], "mlp")}
+    if config.shared_norm:
+        del found["norm2"]
+        found = {part: tuple(name.replace("norm2", "norm1") for name in inputs) for part, inputs in found.items()}
+    return found
 
 
 class Weights(Protocol):
@@ -83,9 +101,8 @@ def layer_of(name: str) -> int:
 def execution_order(config: GPTConfig) -> Iterator[str]:
     yield "embedding"
     for layer in range(config.n_layers):
-        for part in BLOCK:
-            if part != "mlp.gate" or config.gated_mlp:
-                yield f"blocks.{layer}.{part}".rstrip(".")
+        for part in block_points(config):
+            yield f"blocks.{layer}.{part}".rstrip(".")
     yield from ("norm", "logits")
 
 
@@ -94,7 +111,7 @@ def is_point(name: str, config: GPTConfig) -> bool:
     block, part = split(name)
     if not block:
         return part in ("embedding", "norm", "logits")
-    return part in BLOCK and layer_of(name) < config.n_layers and (part != "mlp.gate" or config.gated_mlp)
+    return part in block_points(config) and layer_of(name) < config.n_layers
 
 
 def width_of(name: str, config: GPTConfig) -> int:
@@ -117,12 +134,7 @@ def inputs_of(name: str, config: GPTConfig) -> tuple[str, ...]:
         return {"embedding": ("ids", "positions"), "norm": (last,), "logits": ("norm",)}[name]
     layer = layer_of(name)
     stream = f"blocks.{layer - 1}" if layer else "embedding"
-    parts = BLOCK[part]
-    if part == "norm2" and config.parallel_residual:
-        parts = (STREAM,)
-    if part == "mlp.hidden" and not config.gated_mlp:
-        parts = ("mlp.up",)
-    return tuple(stream if name == STREAM else f"{block}.{name}" for name in parts)
+    return tuple(stream if name == STREAM else f"{block}.{name}" for name in block_points(config)[part])
 
 
 def evaluate(
@@ -202,18 +214,31 @@ def _linear(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor]
 
 
 def _context(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor], lengths: Sequence[int]) -> Tensor:
+    if config.qk_norm:
+        stem = split(name)[0]
+        normed = [_head_norm(f"{stem}.attn.{x}_norm", config, weights, inputs["qk".index(x)]) for x in "qk"]
+        inputs = [*normed, inputs[2]]
     q, k, v = (torch.split(part, list(lengths)) for part in inputs)
-    return torch.cat([attend(config, *prompt) for prompt in zip(q, k, v, strict=True)])
+    return torch.cat([_attend(config, *prompt) for prompt in zip(q, k, v, strict=True)])
 
 
-def attend(config: GPTConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _head_norm(name: str, config: GPTConfig, weights: Weights, x: Tensor) -> Tensor:
+    return _norm(name, config, weights, [x.view(len(x), -1, config.head_dim)], ()).view(x.shape)
+
+
+def _attend(config: GPTConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention over one prompt, from q [T, H*D] and k, v [T, K*D] to what enters `out` [T, H*D]."""
     q, k, v = (x.view(1, len(x), -1, config.head_dim).transpose(1, 2) for x in (q, k, v))  # [1, heads, T, D]
     if config.rope:
         turn = rotation(config.rope, config.head_dim, torch.arange(q.shape[2])[None], q)
         q, k = rotate(q, *turn), rotate(k, *turn)
     grouped = config.n_heads != config.n_kv_heads
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=grouped)
+    if not config.window:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=grouped)
+    else:
+        behind = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        near = (behind >= 0) & (behind < config.window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)[0]
 
 
@@ -222,12 +247,32 @@ def _hidden(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor]
     return activation(inputs[0]) * inputs[1] if config.gated_mlp else activation(inputs[0])
 
 
+def _experts(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Every expert on every token, and most of it weighted with zero: slow, and plain."""
+    shares = F.linear(inputs[0], _needed(weights, f"{name}.router.weight")).softmax(-1)
+    picked = shares >= shares.topk(config.n_experts_used).values[:, -1:]
+    shares = shares * picked
+    shares = shares / shares.sum(-1, keepdim=True) if config.expert_weights_sum_to_one else shares
+    found = torch.zeros_like(inputs[0])
+    for e in range(config.n_experts):
+        parts = [_linear(f"{name}.experts.{e}.{part}", config, weights, inputs, lengths) for part in _inner(config)]
+        hidden = _hidden(name, config, weights, parts, lengths)
+        found += shares[:, e, None] * _linear(f"{name}.experts.{e}.down", config, weights, [hidden], lengths)
+    return found
+
+
+def _inner(config: GPTConfig) -> tuple[str, ...]:
+    return ("gate", "up") if config.gated_mlp else ("up",)
+
+
 def _residual(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor], lengths: Sequence[int]) -> Tensor:
     return inputs[0] + inputs[1] + inputs[2]
 
 
 def _logits(name: str, config: GPTConfig, weights: Weights, inputs: list[Tensor], lengths: Sequence[int]) -> Tensor:
-    return F.linear(inputs[0], _needed(weights, "tok_emb.weight" if config.tied else "head.weight"))
+    return F.linear(
+        inputs[0], _needed(weights, "tok_emb.weight" if config.tied else "head.weight"), weights("head.bias")
+    )
 
 
 FUNCTIONS: Mapping[str, Function] = {
@@ -237,6 +282,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "norm2": _norm,
     "attn.context": _context,
     "mlp.hidden": _hidden,
+    "mlp": _experts,
     "": _residual,
     "logits": _logits,
 }

@@ -18,11 +18,12 @@ from ..model import GPT
 from ..weightmap import Identity, apply
 from ..weightmap.ops import Op, Squeeze, Transpose
 from ..weightmap.plan import unwrap
-from .points import split
+from .points import is_point, split
 from .trace import ACTIVATIONS_UP_TO, Prompt, kept_positions
 
 # Points that no weight has as its output: they are the input of the module that comes next.
 INPUT_OF = {"attn.out": "attn.context", "mlp.down": "mlp.hidden"}
+ROUTER = ".router"  # a module within the one that is all experts together
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ def taps(identity: Identity) -> Iterator[Tap]:
     for step in identity.plan.steps:
         module, _, leaf = step.source.rpartition(".")
         points = tuple(target.removesuffix(".weight") for target in step.targets)
-        if leaf != "weight" or points[0] in ("tok_emb", "pos_emb", "head"):
+        if points[0].endswith(ROUTER):
+            yield Tap(module.rpartition(".")[0], (points[0].removesuffix(ROUTER),))
+        if leaf != "weight" or not is_point(points[0], identity.config):
             continue
         # How the weight lies is the module's own affair; how its rows are ordered shows in the output.
         ops = tuple(op for op in step.ops if not isinstance(op, (Transpose, Squeeze)))

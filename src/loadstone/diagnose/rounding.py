@@ -59,7 +59,8 @@ def _linear(name: str, config: GPTConfig, variance: Variance, rows: Mapping[str,
 
 
 def _logits(name: str, config: GPTConfig, variance: Variance, rows: Mapping[str, Tensor]) -> Tensor:
-    return rows["norm"].square() @ variance("tok_emb.weight" if config.tied else "head.weight").T
+    variances = rows["norm"].square() @ variance("tok_emb.weight" if config.tied else "head.weight").T
+    return variances + variance("head.bias")
 
 
 def _norm(name: str, config: GPTConfig, variance: Variance, rows: Mapping[str, Tensor]) -> Tensor:
@@ -81,5 +82,6 @@ VARIANCES: Mapping[str, Callable[[str, GPTConfig, Variance, Mapping[str, Tensor]
     "norm2": _norm,
     "attn.context": None,
     "mlp.hidden": None,
+    "mlp": None,
     "": None,
 }

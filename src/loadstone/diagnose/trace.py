@@ -29,7 +29,7 @@ from ..config import GPTConfig
 from ..config.own import from_own, to_own
 from ..errors import FormatError, LoadstoneError
 from ..load import to_tensor
-from .points import BLOCK, Weights, is_point, width_of
+from .points import Weights, block_points, is_point, width_of
 from .precision import is_known
 
 KEY, VERSION = "loadstone_trace", "1"
@@ -177,8 +177,7 @@ def _prompts(path: Path, checkpoint: Checkpoint, config: GPTConfig) -> Iterable[
 
 def _is_whole(activations: Mapping[str, Tensor], config: GPTConfig) -> bool:
     """All points but the logits, or the embedding alone, or none; counted, as the number of layers may be a lie."""
-    parts = len(BLOCK) - (not config.gated_mlp)
-    counts = (0, 1, config.n_layers * parts + 2)
+    counts = (0, 1, config.n_layers * len(block_points(config)) + 2)
     known = all(is_point(name, config) and name != "logits" for name in activations)
     return known and len(activations) in counts and (not activations or "embedding" in activations)
 

@@ -74,7 +74,8 @@ def _norms(config: GPTConfig, profiles: Profiles) -> Check:
     One weight vector may be of both signs (the first of SmolLM2-135M's 61 is); exchanged ones show the opposite in
     weight and bias at once, and wrong ones (zero-centred weights, rows of something else) do so in most norms.
     """
-    name, stems = "norm weights", ["norm", *(f"blocks.{i}.norm{n}" for i in range(config.n_layers) for n in (1, 2))]
+    norms = (1,) if config.shared_norm else (1, 2)
+    name, stems = "norm weights", ["norm", *(f"blocks.{i}.norm{n}" for i in range(config.n_layers) for n in norms)]
     if config.d_model < 16:
         return Check(name, None, f"a width of {config.d_model} is too small to tell")
     weights = {stem: profiles[f"{stem}.weight"] for stem in stems}
@@ -132,7 +133,7 @@ def _embedding(name: str, found: Profile) -> Check:
 def _filled(profiles: Profiles) -> Check:
     """A matrix of one value was never written. Zeros are legal where a block was added that starts as the identity."""
     flat = {name: found for name, found in profiles.items() if len(found.shape) == 2 and found.constant}
-    silent = [n for n, found in flat.items() if not found.high and n.endswith(("attn.out.weight", "mlp.down.weight"))]
+    silent = [n for n, found in flat.items() if not found.high and n.endswith(("attn.out.weight", ".down.weight"))]
     wrong = [f"{name} (all {found.high:.3g})" for name, found in flat.items() if name not in silent]
     if wrong:
         return Check("matrices are filled", False, f"one value throughout: {few(wrong)}")

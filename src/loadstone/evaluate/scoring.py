@@ -130,11 +130,12 @@ def _score_batch(model: GPT, requests: Sequence[Request]) -> list[Scores]:
 
 def _head(model: GPT, hidden_NC: Tensor, targets_N: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Log-probability of each target, and whether it is the likeliest token."""
-    weight_VC = model.tok_emb.weight if model.head is None else model.head.weight
+    weight_VC, bias_V = model.output
     logprobs_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NC.device)
     greedy_N = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_NC.device)
     for chunk in chunks(len(targets_N), len(weight_VC)):
-        logits_RV = product(hidden_NC[chunk], weight_VC.T).float()
+        logits_RV = product(hidden_NC[chunk], weight_VC.T)
+        logits_RV = (logits_RV if bias_V is None else logits_RV + bias_V).float()
         targets_R1 = targets_N[chunk, None]
         asked_R1, highest_R1 = logits_RV.gather(1, targets_R1), logits_RV.amax(dim=-1, keepdim=True)
         greedy_N[chunk] = _first(logits_RV, targets_R1, asked_R1 == highest_R1)

@@ -110,6 +110,8 @@ def _check(model: GPT, tokenizer: Tokenizer, init: str, multiple: int | None, se
         raise LoadstoneError(f"seed {shown(seed)}: expected a number from 0 to 2^63 - 1.")
     if type(model.tok_emb) is not Embedding or type(model.head) not in (Linear, type(None)):
         raise LoadstoneError("an adapter is in the place of the model's embedding or head: merge it, then extend.")
+    if model.config.head_bias:
+        raise LoadstoneError("the head has a bias, as GPT-J's, and what a new token's should be is not known here.")
     check_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
 
 
@@ -132,7 +134,8 @@ def _extended(model: GPT, places: _Places, rows: Mapping[str, TrainedRows], star
     for name, module in _matrices(model).items():
         larger = copy.copy(module)
         weight_VC = grown(module.weight, places.after, places.ids, start[name], rows[name].mean)
-        larger._parameters = {"weight": nn.Parameter(weight_VC, requires_grad=module.weight.requires_grad)}
+        larger._parameters = {**module._parameters}
+        larger._parameters["weight"] = nn.Parameter(weight_VC, requires_grad=module.weight.requires_grad)
         if isinstance(larger, Embedding):
             larger.num_embeddings, extended.tok_emb = places.after, larger
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +28,7 @@ _IN_BLOCK: Mapping[str, str] = {
     **{name: f"attn.{name}" for name in ("q", "k", "v", "out")},
     **{name: f"mlp.{name}" for name in ("gate", "up", "down")},
 }
+_EXPERT = re.compile(r"mlp\.experts\.\d+\.")  # `gate`, `up` and `down` are every expert's; the router has no adapter
 EVERY = "linear"  # the target that means all linear layers of the blocks
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,7 +120,7 @@ class LoRAHead(LoRALinear):
         return self.merged()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 def add_lora(model: nn.Module, settings: LoRA) -> list[str]:
@@ -150,7 +152,7 @@ def target_layers(model: nn.Module, settings: LoRA) -> dict[str, Linear]:
         f"{prefix}blocks.{i}.{name}": layer
         for i, block in enumerate(gpt.blocks)
         for name, layer in block.named_modules()
-        if name in inside and isinstance(layer, Linear)
+        if _EXPERT.sub("mlp.", name) in inside and isinstance(layer, Linear)
     }
     if "head" in words and gpt.head is not None:
         found[f"{prefix}head"] = gpt.head
@@ -166,7 +168,7 @@ def target_layers(model: nn.Module, settings: LoRA) -> dict[str, Linear]:
 def kinds_of(names: Iterable[str]) -> tuple[str, ...]:
     """The targets that parameters belong to, by their names in our model; norms and embeddings belong to none."""
     ends = {f".{path}": word for word, path in (*_IN_BLOCK.items(), ("head", "head"))}
-    stems = {f".{name}".rpartition(".")[0] for name in names}
+    stems = {_EXPERT.sub("mlp.", f".{name}".rpartition(".")[0]) for name in names}
     return tuple(word for end, word in ends.items() if any(stem.endswith(end) for stem in stems))
 
 

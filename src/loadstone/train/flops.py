@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..config import GPTConfig
-from ..weightmap.canonical import parameter_count, parameter_shapes
+from ..weightmap.canonical import active_count, parameter_shapes
 
 HEAD = "head.weight"
 
@@ -64,11 +64,12 @@ def palm_per_token(config: GPTConfig, length: int) -> float:
     """6N + 12 L H D T: of one trained token, PaLM's appendix B. MFU = this x tokens/s / peak.
 
     N are the parameters that a token is multiplied with: all but the lookup tables (a tied embedding is the head and
-    counts). Attention counts all pairs, recomputation and frozen parameters do not enter: MFU stays comparable.
+    counts), and of experts as many as one token is given to. Attention counts all pairs, recomputation and frozen
+    parameters do not enter: MFU stays comparable.
     """
     shapes = parameter_shapes(config)
     tables = ("pos_emb.weight",) if config.tied else ("pos_emb.weight", "tok_emb.weight")
-    n = parameter_count(config) - sum(math.prod(shapes[name]) for name in tables if name in shapes)
+    n = active_count(config) - sum(math.prod(shapes[name]) for name in tables if name in shapes)
     return 6 * n + 12 * config.n_layers * config.n_heads * config.head_dim * length
 
 
@@ -80,7 +81,8 @@ class _Backward:
 
     def __init__(self, config: GPTConfig, length: int, causal: bool, trainable: frozenset[str]) -> None:
         self.forward = self.backward = self.again = 0
-        self._shapes, self._length, self._trainable = parameter_shapes(config), length, trainable
+        self._config, self._length = config, length
+        self._shapes, self._trainable = parameter_shapes(config), trainable
         pairs = length * (length + 1) // 2 if causal else length * length
         self._attention = 4 * config.n_heads * config.head_dim * pairs  # scores, and their sum over values
         live = self._trains("tok_emb", "pos_emb")
@@ -98,25 +100,40 @@ class _Backward:
         live = below or self._trains(f"{at}norm1")
         for name in ("attn.q", "attn.k", "attn.v"):
             self._linear(at + name, live)
-        q, k, v = (live or self._trains(f"{at}attn.{name}") for name in "qkv")
+        q, k, v = (live or self._trains(f"{at}attn.{name}", f"{at}attn.{name}_norm") for name in "qkv")
         live = q or k or v
         self.forward += self._attention
         self.backward += ((q or k) + q + k + v) * self._attention // 2  # of the scores, q, k and v: one product each
         self._linear(f"{at}attn.out", live)
         attended = live or self._trains(f"{at}attn.out")
-        live = (below if parallel else attended) or self._trains(f"{at}norm2")
-        inner = [name for name in (f"{at}mlp.gate", f"{at}mlp.up") if f"{name}.weight" in self._shapes]
-        for name in inner:
-            self._linear(name, live)
-        live = live or self._trains(*inner)
-        last = self._linear(f"{at}mlp.down", live)
-        output = attended or live or self._trains(f"{at}mlp.down")
+        live = (below if parallel else attended) or self._trains(f"{at}norm{1 if self._config.shared_norm else 2}")
+        if self._config.n_experts:
+            live, last = self._experts(f"{at}mlp.", live)
+        else:
+            live, last = self._mlp(f"{at}mlp.", live)
+        output = attended or live
         self.again += self.forward - before - last if output else 0  # nothing of the last product is needed again
         return output
 
-    def _linear(self, name: str, live: bool) -> int:
-        """The product of all tokens with one matrix; returns its operations."""
-        cost = 2 * self._length * math.prod(self._shapes[f"{name}.weight"])
+    def _mlp(self, at: str, live: bool, share: float = 1.0) -> tuple[bool, int]:
+        """Whether its output is live, and the operations of its last product. `share` of the tokens go through it."""
+        inner = [name for name in (f"{at}gate", f"{at}up") if f"{name}.weight" in self._shapes]
+        for name in inner:
+            self._linear(name, live, share)
+        live = live or self._trains(*inner)
+        last = self._linear(f"{at}down", live, share)
+        return live or self._trains(f"{at}down"), last
+
+    def _experts(self, at: str, live: bool) -> tuple[bool, int]:
+        """Each gets its even share of the tokens; their results are weighted, so the last products are needed too."""
+        self._linear(f"{at}router", live)
+        count, used = self._config.n_experts, self._config.n_experts_used
+        outputs = [self._mlp(f"{at}experts.{e}.", live, used / count)[0] for e in range(count)]
+        return any(outputs) or live or self._trains(f"{at}router"), 0
+
+    def _linear(self, name: str, live: bool, share: float = 1.0) -> int:
+        """The product of all tokens, or a share of them, with one matrix; returns its operations."""
+        cost = round(2 * self._length * math.prod(self._shapes[f"{name}.weight"]) * share)
         self.forward += cost
         self.backward += cost * (live + (f"{name}.weight" in self._trainable))
         return cost

@@ -113,30 +113,50 @@ def activations(config: GPTConfig, step: Step, *, live_from: int = 0) -> int:
 def block_bytes(config: GPTConfig, step: Step) -> int:
     """Bytes that one block keeps for each token."""
     c, e = config, HALF if step.half else FLOAT
-    norms = 2 * _norm(c, step)
+    norms = (1 if c.shared_norm else 2) * _norm(c, step)
     residuals = FLOAT * c.d_model * (1 if c.parallel_residual else 2)
     # One copy of a norm's result serves q, k and v, and the MLP's matrices; autocast makes one for each.
-    inputs = (4 + c.gated_mlp if step.half else 2) * c.d_model * e
-    inner = 4 if c.gated_mlp else 1 if c.activation == "relu" else 2
-    masks = 2 * c.d_model * (1 if step.cuda else e) if step.dropout else 0
-    return norms + residuals + inputs + _attention(c, step) + inner * c.d_ff * e + masks
+    inputs = (3 if step.half else 1) * c.d_model * e
+    both = 2 if step.cuda else e + (FLOAT if c.n_experts else e)  # experts are added up in float32
+    masks = both * c.d_model if step.dropout else 0
+    return norms + residuals + inputs + _attention(c, step) + _mlp(c, step) + masks
+
+
+def _mlp(c: GPTConfig, step: Step) -> int:
+    """Bytes that the MLP, or the experts of a token, keep for it."""
+    e = HALF if step.half else FLOAT
+    inner = (4 if c.gated_mlp else 1 if c.activation == "relu" else 2) * c.d_ff * e
+    own = (1 + c.gated_mlp if step.half else 1) * c.d_model * e
+    if not c.n_experts:
+        return inner + (0 if c.shared_norm and not step.half else own)  # what attention kept serves it too
+    # Each expert has copies of its rows, its result before and after it is weighted, and where the rows belong.
+    each = own + inner + c.d_model * (e + FLOAT) + 2 * 8 + 2 * FLOAT
+    return c.d_model * e + c.n_experts * FLOAT + c.n_experts_used * each  # the router's input and shares
 
 
 def _attention(c: GPTConfig, step: Step) -> int:
     """Bytes that attention keeps for each token: q, k, v, the result, and what its kernel needs besides."""
-    from ..kernels.attention import LONGEST, _blocks
-
     e = HALF if step.half else FLOAT
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    # RMSNorm of heads keeps them twice and one number of each, in float32.
+    normed = (2 * (width + kv_width) + c.n_heads + c.n_kv_heads) * FLOAT if c.qk_norm else 0
+    return normed + _attend(c, step, width, kv_width, e)
+
+
+def _attend(c: GPTConfig, step: Step, width: int, kv_width: int, e: int) -> int:
+    from ..kernels.attention import LONGEST, _blocks
+
     if step.cuda:
         return (2 * width + 2 * kv_width) * e + c.n_heads * FLOAT
     if step.dropout:  # no fused kernel: float32, and the probabilities three times
         return width * e + 3 * width * FLOAT + 3 * c.n_heads * step.length * FLOAT
-    if step.half and step.length <= LONGEST:  # our own kernel keeps the probabilities
+    masked = 0 < c.window < step.length
+    if step.half and step.length <= LONGEST and not masked:  # our own kernel keeps the probabilities
         pairs = sum((end - start) * end for start, end in _blocks(step.length))
         return 4 * width * e + c.n_heads * pairs * e // step.length
     # Rotated heads lie in another order, and torch's kernel gives its result in that order: one more copy.
-    return (2 * width + 2 * kv_width) * e + c.n_heads * FLOAT + (width * e if c.rope else 0)
+    mask = step.length * e // step.micro_batch if masked else 0  # one for all rows
+    return (2 * width + 2 * kv_width) * e + c.n_heads * FLOAT + (width * e if c.rope else 0) + mask
 
 
 def head_buffers(config: GPTConfig, step: Step, *, trains_head: bool = True) -> int:

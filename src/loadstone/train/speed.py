@@ -62,12 +62,12 @@ def measured_rate(
     model.set_dropout(step.dropout)
     model.recompute = step.recompute
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
-    weight, kind = (model.tok_emb if model.head is None else model.head).weight, torch.device(device).type
+    (weight, bias), kind = model.output, torch.device(device).type
     best, begun, done = math.inf, time.perf_counter(), 0
     while done < 3 or time.perf_counter() - begun < seconds:
         start = time.perf_counter()
         with torch.autocast(kind, torch.bfloat16, enabled=step.half):
-            loss = head_loss(model.hidden(ids), weight, ids)
+            loss = head_loss(model.hidden(ids), weight, ids, bias)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -57,7 +57,8 @@ class LanguageModel:
 def sum_loss(model: GPT, inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
     """Sum of the cross entropies of a batch; the logits of all tokens at once never exist."""
     hidden_BTC = model.hidden(inputs_BT, segments_BT=segments_BT)
-    return head_loss(hidden_BTC, model.tok_emb.weight if model.head is None else model.head.weight, targets_BT)
+    weight_VC, bias_V = model.output
+    return head_loss(hidden_BTC, weight_VC, targets_BT, bias_V)
 
 
 def counted(batch: Batch) -> int:

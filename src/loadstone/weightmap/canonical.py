@@ -1,7 +1,8 @@
 """The model's own parameter names and shapes, computed from the config alone (no torch, nothing allocated).
 
-Shapes: V vocabulary, N context, C d_model, H query heads, K key/value heads, D head_dim, F d_ff. Linear weights are
-[out, in], as torch.nn.Linear has them; q, k and v are separate; the rotary rows are in halves.
+Shapes: V vocabulary, N context, C d_model, H query heads, K key/value heads, D head_dim, F d_ff, E experts. Linear
+weights are [out, in], as torch.nn.Linear has them; q, k and v are separate, and so are experts; the rotary rows are in
+halves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def parameter_shapes(config: GPTConfig) -> dict[str, Shape]:
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in _block_shapes(c).items()}
     shapes |= _norm(c, "norm")
     if not c.tied:
-        shapes["head.weight"] = (c.vocab_size, c.d_model)
+        shapes |= _linear("head", c.vocab_size, c.d_model, c.head_bias)
     return shapes
 
 
@@ -32,17 +33,33 @@ def parameter_count(config: GPTConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
+def active_count(config: GPTConfig) -> int:
+    """Elements of the parameters that take part in one token: of the experts, as many as the router picks."""
+    idle = (config.n_experts - config.n_experts_used) * sum(map(math.prod, _mlp(config, "").values()))
+    return parameter_count(config) - config.n_layers * idle
+
+
 def _block_shapes(c: GPTConfig) -> dict[str, Shape]:
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     shapes = _norm(c, "norm1")
     for name, rows in (("q", q), ("k", kv), ("v", kv)):
         shapes |= _linear(f"attn.{name}", rows, c.d_model, c.qkv_bias)
+    for name in ("attn.q_norm", "attn.k_norm") if c.qk_norm else ():
+        shapes |= _norm(c, name, c.head_dim)
     shapes |= _linear("attn.out", c.d_model, q, c.attn_out_bias)
-    shapes |= _norm(c, "norm2")
-    if c.gated_mlp:
-        shapes |= _linear("mlp.gate", c.d_ff, c.d_model, c.mlp_bias)
-    shapes |= _linear("mlp.up", c.d_ff, c.d_model, c.mlp_bias)
-    return shapes | _linear("mlp.down", c.d_model, c.d_ff, c.mlp_bias)
+    shapes |= {} if c.shared_norm else _norm(c, "norm2")
+    if not c.n_experts:
+        return shapes | _mlp(c, "mlp.")
+    shapes |= _linear("mlp.router", c.n_experts, c.d_model, False)
+    for e in range(c.n_experts):
+        shapes |= _mlp(c, f"mlp.experts.{e}.")
+    return shapes
+
+
+def _mlp(c: GPTConfig, at: str) -> dict[str, Shape]:
+    shapes = _linear(f"{at}gate", c.d_ff, c.d_model, c.mlp_bias) if c.gated_mlp else {}
+    shapes |= _linear(f"{at}up", c.d_ff, c.d_model, c.mlp_bias)
+    return shapes | _linear(f"{at}down", c.d_model, c.d_ff, c.mlp_bias)
 
 
 def _linear(name: str, out: int, into: int, bias: bool) -> dict[str, Shape]:
@@ -50,6 +67,6 @@ def _linear(name: str, out: int, into: int, bias: bool) -> dict[str, Shape]:
     return shapes | {f"{name}.bias": (out,)} if bias else shapes
 
 
-def _norm(c: GPTConfig, name: str) -> dict[str, Shape]:
+def _norm(c: GPTConfig, name: str, width: int = 0) -> dict[str, Shape]:
     parts = ("weight", "bias") if c.norm_bias else ("weight",)
-    return {f"{name}.{part}": (c.d_model,) for part in parts}
+    return {f"{name}.{part}": (width or c.d_model,) for part in parts}

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia) in HuggingFace's dialect: q, k and v are fused head by head, and the head is `embed_out`."""
+"""GPT-NeoX (Pythia): HuggingFace fuses q, k, v head by head and calls the head `embed_out`; GGUF fuses them whole."""
 
 from __future__ import annotations
 
@@ -37,4 +37,21 @@ HF = WeightMap(
     synonyms={"lm_head.weight": "embed_out.weight"},
 )
 
-TABLES = (HF,)
+# llama.cpp's converter puts all heads' q first, then k, then v.
+GGUF = WeightMap(
+    "gpt_neox",
+    "gguf",
+    (
+        Rule("token_embd.weight", ("tok_emb.weight",)),
+        *_both("blk.{i}.attn_norm", "blocks.{i}.norm1"),
+        *_both("blk.{i}.attn_qkv", *QKV, ops=(SplitQKV(),)),
+        *_both("blk.{i}.attn_output", "blocks.{i}.attn.out"),
+        *_both("blk.{i}.ffn_norm", "blocks.{i}.norm2"),
+        *_both("blk.{i}.ffn_up", "blocks.{i}.mlp.up"),
+        *_both("blk.{i}.ffn_down", "blocks.{i}.mlp.down"),
+        *_both("output_norm", "norm"),
+        Rule("output.weight", ("head.weight",)),
+    ),
+)
+
+TABLES = (HF, GGUF)

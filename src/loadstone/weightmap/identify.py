@@ -17,13 +17,14 @@ from ..checkpoint import proof
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.wording import few
 from ..config import GPTConfig, from_gguf, from_hf, from_meta, from_nanogpt, from_openai, from_own
+from ..config.families import FAMILIES
 from ..errors import ConfigError, LoadstoneError, PlanError
-from . import gpt2, gpt_neox, llama, own
-from .facts import infer_config, read_facts
+from . import gpt2, gpt_neox, gptj, llama, own
+from .facts import OtherFamilyError, infer_config, read_facts
 from .plan import LoadPlan, make_plan, unwrap
 from .rules import WeightMap
 
-TABLES: tuple[WeightMap, ...] = gpt2.TABLES + llama.TABLES + gpt_neox.TABLES + own.TABLES
+TABLES: tuple[WeightMap, ...] = gpt2.TABLES + gptj.TABLES + gpt_neox.TABLES + llama.TABLES + own.TABLES
 
 
 @dataclass
@@ -71,12 +72,16 @@ def identify(
     """
     tables = [t for t in TABLES if dialect in (None, t.dialect, t.name)]
     if not tables:
-        raise PlanError(f"no dialect is called {dialect!r}; known: {', '.join(t.name for t in TABLES)}.")
+        raise PlanError(f"no dialect is called {dialect!r}; known: {', '.join(dict.fromkeys(t.name for t in TABLES))}.")
     best: Identity | None = None
     failure: LoadstoneError | None = None
+    other: OtherFamilyError | None = None  # several families have the same names
     for table in _by_names(checkpoint, tables):
         try:
             found = _with_table(checkpoint, table, overrides or {}, tuple(ignore), tuple(ignore_config))
+        except OtherFamilyError as error:
+            other = other or error
+            continue
         except LoadstoneError as error:
             failure = failure or error
             continue
@@ -86,7 +91,7 @@ def identify(
             break
     if best is None or (failure and not best.plan.clean):
         # A config that is refused must not be hidden behind a dialect of the same names whose plan has problems.
-        raise failure or PlanError(_unknown_names(checkpoint, dialect))
+        raise failure or other or PlanError(_unknown_names(checkpoint, dialect))
     return best
 
 
@@ -96,21 +101,23 @@ def _faults(plan: LoadPlan) -> int:
 
 def _by_names(checkpoint: Checkpoint, tables: Iterable[WeightMap]) -> list[WeightMap]:
     """The tables that explain the most names; several only if they share their names."""
-    scores = {}
+    scores = []
+    bare = {unwrap(name)[0] for name in checkpoint.tensors}
     for table in tables:
-        stems = {unwrap(name, table)[0] for name in checkpoint.tensors}
+        stems = {table.synonyms.get(stem, stem) for stem in bare} if table.synonyms else bare
         layers = table.count_layers(stems)
-        claimed = {rule.source for rule in table.expand(layers)} & stems
+        claimed = {rule.source for rule in table.expand(layers, table.count_experts(stems))} & stems
         if layers and claimed:
-            scores[table.name] = (len(claimed), table)
-    most = max((score for score, _ in scores.values()), default=0)
-    return [table for score, table in scores.values() if score == most]
+            scores.append((len(claimed), table))
+    most = max((score for score, _ in scores), default=0)
+    return [table for score, table in scores if score == most]
 
 
 def _unknown_names(checkpoint: Checkpoint, dialect: str | None) -> str:
     names = list(checkpoint.tensors)
     if dialect and (others := _by_names(checkpoint, TABLES)):
-        return f"{checkpoint.path}: the names are not {dialect}'s; they are those of {few(t.name for t in others)}."
+        names_of = dict.fromkeys(table.name for table in others)
+        return f"{checkpoint.path}: the names are not {dialect}'s; they are those of {few(names_of)}."
     if any(".lora_A." in name or name.endswith(".lora_a") for name in names):
         return (
             f"{checkpoint.path}: a LoRA adapter, which only changes a base model. Merge it into its base first, "
@@ -119,7 +126,7 @@ def _unknown_names(checkpoint: Checkpoint, dialect: str | None) -> str:
     shown = ", ".join(names[:3]) if names else "none at all"
     return (
         f"{checkpoint.path}: the {len(names)} tensor names ({shown}{', ...' if len(names) > 3 else ''}) belong to no "
-        f"known dialect ({', '.join(table.name for table in TABLES)}). Is this a GPT-2, Llama or GPT-NeoX checkpoint? "
+        f"known dialect of {', '.join(FAMILIES)}. Is this a checkpoint of such a model? "
         "`loadstone inspect --tensors` lists them; CONTRIBUTING.md shows how a dialect is added."
     )
 
@@ -141,7 +148,7 @@ def _with_table(
     facts["tied"] = not twice
     config, source, assumed = _find_config(checkpoint, table, facts, ignore_config)
     if config.architecture != table.architecture:
-        raise ConfigError(
+        raise OtherFamilyError(
             f"{checkpoint.path}: {source} describes a {config.architecture} model, but the tensors are named as in "
             f"{table.name}. One of the two belongs to another model."
         )
@@ -224,7 +231,9 @@ def _certified(checkpoint: Checkpoint, table: WeightMap) -> GPTConfig | None:
         if file.is_file():
             values = proof.read(file)
             files, held = values["written"]["files"], {info.file for info in checkpoint.tensors.values() if info.file}
-            same = values["written"].get("dialect") == table.name and held <= files.keys()
+            # Of another family than the table's, it sends the search on to the right one.
+            dialect = str(values["written"].get("dialect")).partition("/")[2]
+            same = dialect == table.dialect and held <= files.keys()
             if same and all(_is_same(folder / name, entry) for name, entry in files.items()):
                 return from_own(values["config"], str(file))
     return None

@@ -1,26 +1,23 @@
-"""The model's own names as a dialect, `loadstone`: what `torch.save(model.state_dict())` writes is read back."""
+"""The model's own names as a dialect, `loadstone`: what `torch.save(model.state_dict())` writes is read back.
+
+One table for all: a model that is of no family (a GPT-2 with rotary embedding and experts, say) has these names too.
+"""
 
 from __future__ import annotations
 
-from ..config import GPTConfig, Rope
-from ..config.others import GPT_NEOX_FIELDS, LLAMA_FIELDS
+from ..config import GPTConfig
+from ..config.families import FAMILIES
 from .canonical import parameter_shapes
-from .rules import LAYER, Rule, WeightMap
+from .rules import EXPERT, LAYER, Rule, WeightMap
 
-# Small configs that have every parameter of their architecture.
-_WHOLE = {
-    "gpt2": GPTConfig(1, 1, 2, 1, 1, tied=False),
-    "llama": GPTConfig(
-        1, 1, 2, 1, 1, architecture="llama", rope=Rope(), tied=False,
-        **(LLAMA_FIELDS | dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), True)),
-    ),
-    "gpt_neox": GPTConfig(1, 1, 8, 1, 1, architecture="gpt_neox", rope=Rope(dims=2), **GPT_NEOX_FIELDS),
-}  # fmt: skip
+# Two small configs that have every parameter between them.
+_DENSE = GPTConfig(1, 1, 2, 1, 1, gated_mlp=True, qk_norm=True, tied=False, head_bias=True)
+_SPARSE = _DENSE.with_overrides({"n_experts": 1, "n_experts_used": 1})
+_NAMES = dict.fromkeys(
+    name.replace("blocks.0.", f"blocks.{LAYER}.").replace("experts.0.", f"experts.{EXPERT}.")
+    for name in (*parameter_shapes(_DENSE), *parameter_shapes(_SPARSE))
+)
 
-
-def _table(architecture: str) -> WeightMap:
-    names = (name.replace("blocks.0.", f"blocks.{LAYER}.") for name in parameter_shapes(_WHOLE[architecture]))
-    return WeightMap(architecture, "loadstone", tuple(Rule(name, (name,)) for name in names))
-
-
-TABLES = tuple(map(_table, _WHOLE))
+TABLES = tuple(
+    WeightMap(architecture, "loadstone", tuple(Rule(name, (name,)) for name in _NAMES)) for architecture in FAMILIES
+)

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from ..config import GPTConfig
 from .ops import Op
 
-LAYER = "{i}"
+LAYER, EXPERT = "{i}", "{e}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`source` tensors of the file become `target` parameters of the model through `ops`. `{i}` is the layer."""
+    """`source` of the file becomes the `target` parameters of the model through `ops`.
+
+    `{i}` is the layer. `{e}` is an expert: a rule each where the source has it, else all experts' targets are one
+    rule's.
+    """
 
     source: str
     target: tuple[str, ...]
@@ -27,6 +31,18 @@ class Rule:
         """The rule with the layer number filled in."""
         number = str(layer)
         return Rule(self.source.replace(LAYER, number), tuple(t.replace(LAYER, number) for t in self.target), self.ops)
+
+    def experts(self, count: int) -> Iterator[Rule]:
+        """The rule for so many experts: itself if it has nothing to do with them."""
+        if EXPERT in self.source:
+            for number in map(str, range(count)):
+                targets = tuple(t.replace(EXPERT, number) for t in self.target)
+                yield Rule(self.source.replace(EXPERT, number), targets, self.ops)
+        elif any(EXPERT in t for t in self.target):
+            targets = tuple(t.replace(EXPERT, str(e)) for e in range(count) for t in self.target)
+            yield Rule(self.source, targets, self.ops)
+        else:
+            yield self
 
     @property
     def per_layer(self) -> bool:
@@ -95,19 +111,20 @@ class WeightMap:
 
     def written_name(self, rule: Rule) -> str:
         """The whole name under which the dialect's own program stores what `rule` claims."""
-        return rule.source if rule.target == ("head.weight",) else self.prefix + rule.source
+        return rule.source if rule.target[0].startswith("head.") else self.prefix + rule.source
 
-    def expand(self, n_layers: int) -> Iterator[Rule]:
-        """Every rule for a model of so many layers, in the order of the table."""
+    def expand(self, n_layers: int, n_experts: int = 0) -> Iterator[Rule]:
+        """Every rule for a model of so many layers and experts, in the order of the table."""
         once = [rule for rule in self.rules if not rule.per_layer]
         layered = [rule for rule in self.rules if rule.per_layer]
         yield from once
         for layer in range(n_layers):
-            yield from (rule.at(layer) for rule in layered)
+            for rule in layered:
+                yield from rule.at(layer).experts(n_experts)
 
     def needed(self, config: GPTConfig, parameters: Collection[str]) -> Iterator[Rule]:
         """The expanded rules whose targets this config has (a gate only with a gated MLP, biases only with biases)."""
-        for rule in self.expand(config.n_layers):
+        for rule in self.expand(config.n_layers, config.n_experts):
             if any(target in parameters for target in rule.target):
                 yield rule
 
@@ -118,6 +135,14 @@ class WeightMap:
         while any(rule.at(layer).source in names for rule in layered):
             layer += 1
         return layer
+
+    def count_experts(self, names: Collection[str]) -> int:
+        """Experts of the first layer that have a tensor of their own in `names`."""
+        one_by_one = [rule.at(0) for rule in self.rules if EXPERT in rule.source]
+        count = 0
+        while any(rule.source.replace(EXPERT, str(count)) in names for rule in one_by_one):
+            count += 1
+        return count
 
     def ignores(self, n_layers: int) -> dict[str, Ignore]:
         """Exact name -> why it is no parameter, for a model of so many layers."""

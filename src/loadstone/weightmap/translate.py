@@ -25,8 +25,14 @@ from .rules import LAYER, Rule, WeightMap
 
 
 def table_for(architecture: str, dialect: str) -> WeightMap:
-    """The table of one dialect. Raises PlanError with the dialects that there are."""
-    known = {table.dialect: table for table in TABLES if table.architecture == architecture}
+    """The table of one dialect, the usual one where it has several ways to write the same thing.
+
+    Raises PlanError with the dialects that there are.
+    """
+    known: dict[str, WeightMap] = {}
+    for table in TABLES:
+        if table.architecture == architecture:
+            known.setdefault(table.dialect, table)
     if dialect not in known:
         raise PlanError(
             f"there is no dialect {dialect!r} of {architecture}; its dialects: {', '.join(known)}. A conversion never "
@@ -100,7 +106,8 @@ class Translated(Checkpoint):
         self.tensors[name] = TensorInfo(shape, dtype, math.prod(shape) * DTYPES[dtype].itemsize)
 
     def _refuse_nameless(self, weight_map: WeightMap, parameters: Iterable[str]) -> None:
-        named = {target for rule in weight_map.expand(self._identity.config.n_layers) for target in rule.target}
+        config = self._identity.config
+        named = {target for rule in weight_map.expand(config.n_layers, config.n_experts) for target in rule.target}
         if nameless := [parameter for parameter in parameters if parameter not in named]:
             raise PlanError(
                 f"{self.path}: {weight_map.name} has no name for {', '.join(nameless[:4])}, so this model cannot be "
