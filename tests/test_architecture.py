@@ -21,7 +21,7 @@ LAYERS = [
     {"model", "checkpoint"},
     {"weightmap", "sampling", "kernels"},
     {"tokenizer"},
-    {"load", "certificate"},
+    {"load", "certificate", "engines"},
     {"diagnose", "generate", "report", "diff", "sizes", "layouts"},
     {"verify"},
     {"convert"},
