@@ -304,7 +304,9 @@ def generate_texts(
     return completions
 
 
-def _for_text(model: GPT | Engine, tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+def _for_text(
+    model: GPT | Engine, tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]
+) -> dict[str, Any]:
     """`Stream`'s options, with the end tokens (config's and tokenizer's) and where padding of the vocabulary begins."""
     ends = {*tokenizer.eos_ids, *model.config.eos_ids}
     known = {"stop_ids": ends, "n_tokens": min(tokenizer.vocab_size, model.config.vocab_size)}

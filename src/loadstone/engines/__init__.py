@@ -14,7 +14,17 @@ from .protocol import Cache, Engine, EngineMissingError
 if TYPE_CHECKING:
     from ..model import GPT
 
-__all__ = ["DEFAULT", "ENGINES", "Cache", "Engine", "EngineMissingError", "Kind", "engine_of", "require_engine", "start_engine"]
+__all__ = [
+    "DEFAULT",
+    "ENGINES",
+    "Cache",
+    "Engine",
+    "EngineMissingError",
+    "Kind",
+    "engine_of",
+    "require_engine",
+    "start_engine",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def require_engine(name: str, device: str = "cpu") -> Kind:
     if kind is None:
         raise LoadstoneError(f"no engine is called {name!r}; known: {', '.join(ENGINES)} (`loadstone engines`).")
     if reason := kind.missing():
-        raise EngineMissingError(f"engine {name}: {reason}")
+        raise EngineMissingError(f"engine {name}: {reason} Without it, --engine {DEFAULT} runs every model.")
     if kind.devices and device not in kind.devices:
         raise LoadstoneError(f"engine {name} runs on {' and '.join(kind.devices)} only; device {device} was asked for.")
     return kind

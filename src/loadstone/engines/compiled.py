@@ -12,23 +12,16 @@ Shapes: B rows, T tokens of this call (padded), S cache slots, K key/value heads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
-from ..config import GPTConfig
-from ..errors import LoadstoneError
 from ..model import GPT, rotation
+from .fields import require_fields
 from .protocol import Engine, EngineMissingError
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 32, 256  # tokens and slots; everything else is a power of two, or the context
 MOST_SHAPES = 64  # (rows, tokens, slots) of one process; torch gives up on compiling after 8 otherwise
-# Fields that act outside the blocks, or in a way that can be compiled; any other must have its default.
-KNOWN = frozenset(
-    "vocab_size context_length d_model n_layers n_heads n_kv_heads head_dim d_ff architecture norm norm_eps activation "
-    "gated_mlp rope parallel_residual qkv_bias attn_out_bias mlp_bias norm_bias tied bos_id eos_ids".split()
-)
 
 
 def bucket(n: int, smallest: int, largest: int) -> int:
@@ -57,15 +50,18 @@ class _Places:
 
     causal = False
 
-    def __init__(self, config: GPTConfig, starts_B: Tensor, counts_B: Tensor, T: int, kv: list[Tensor], like: Tensor):
-        self.kv, slots = kv, kv[0].shape[2] - 1
-        steps_T = torch.arange(T, device=like.device)
+    def __init__(
+        self, starts_B: Tensor, counts_B: Tensor, T: int, kv: list[Tensor], turns: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self.kv, slots, device = kv, kv[0].shape[2] - 1, starts_B.device
+        steps_T = torch.arange(T, device=device)
         at_BT = starts_B[:, None] + steps_T
         self.ids_BT = at_BT.clamp(max=slots - 1)
         self.slots_BT = torch.where(steps_T < counts_B[:, None], at_BT, slots)
-        self.rows_B1 = torch.arange(len(starts_B), device=like.device)[:, None]
-        self.mask = (torch.arange(slots + 1, device=like.device) <= self.ids_BT[..., None])[:, None]  # [B, 1, T, S + 1]
-        self.rotation = rotation(config.rope, config.head_dim, self.ids_BT, like) if config.rope else None
+        self.rows_B1 = torch.arange(len(starts_B), device=device)[:, None]
+        self.mask = (torch.arange(slots + 1, device=device) <= self.ids_BT[..., None])[:, None]  # [B, 1, T, S + 1]
+        # cos and sin, both [B, 1, T, R/2], out of those of all positions
+        self.rotation = (turns[0][self.ids_BT][:, None], turns[1][self.ids_BT][:, None]) if turns else None
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, positions: _Places) -> tuple[Tensor, Tensor]:
         keys, values = self.kv[2 * layer], self.kv[2 * layer + 1]
@@ -79,11 +75,17 @@ class _Step(nn.Module):
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
-        self.model = model
+        self.model, config = model, model.config
+        self.turns: tuple[Tensor, Tensor] | None = None  # cos and sin of every position, both [context, R/2]
+        if config.rope:
+            like = model.tok_emb.weight
+            everywhere = torch.arange(config.context_length, device=like.device)[None]
+            cos, sin = rotation(config.rope, config.head_dim, everywhere, like)
+            self.turns = cos[0, 0], sin[0, 0]
 
     def forward(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, kv: list[Tensor]) -> Tensor:
         model = self.model
-        places = _Places(model.config, starts_B, counts_B, ids_BT.shape[1], kv, model.tok_emb.weight)
+        places = _Places(starts_B, counts_B, ids_BT.shape[1], kv, self.turns)
         x_BTC = model.tok_emb(ids_BT)
         if model.pos_emb is not None:
             x_BTC = x_BTC + model.pos_emb(places.ids_BT)
@@ -97,9 +99,7 @@ class CompileEngine(Engine):
 
     def __init__(self, model: GPT) -> None:
         self.model, self.config, self.device = model, model.config, model.tok_emb.weight.device
-        for field in fields(self.config):
-            if field.name not in KNOWN and getattr(self.config, field.name) != field.default:
-                raise LoadstoneError(f"engine compile does not do {field.name}, which this model needs; use --engine torch.")
+        require_fields(self.config, "compile")
         self._step = torch.compile(_Step(model).eval(), dynamic=False, fullgraph=True, options={"freezing": True})
 
     def new_cache(self, batch: int = 1, length: int | None = None, *, allocate: int | None = None) -> StaticCache:

@@ -1,7 +1,7 @@
 """The model as a graph for Modular's MAX: GPT-2, Llama and what lies between, written once from the config.
 
 Shapes: B rows and T tokens of this call, S cache slots, all three symbolic, so one compiled graph serves every prompt
-and decoding; C d_model, H query heads, K key/value heads, G = H/K, D head_dim, V vocabulary.
+and decoding; C d_model, H query heads, K key/value heads, D head_dim, V vocabulary.
 
 The keys and values of this call go out as a result and the caller stores them: rows of unequal length would need a
 scatter into the cache, which in a graph of values copies it whole. The attention reads the cache and the new keys apart
@@ -13,7 +13,6 @@ Written against max 26.6 (`probes.MAX_VERSIONS`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from max.graph import DeviceRef, Dim, Graph, TensorType, TensorValue, ops
 from numpy.typing import NDArray
 
 from ..config import GPTConfig
-from ..errors import LoadstoneError
+from .fields import require_fields
 
 CPU = DeviceRef.CPU()
 F32, I64 = DType.float32, DType.int64
@@ -35,11 +34,6 @@ ACTIVATIONS: dict[str, Callable[[TensorValue], TensorValue]] = {
     "silu": ops.silu,
     "relu": ops.relu,
 }
-# What the graph does; any other field of the config must have its default.
-KNOWN = frozenset(
-    "vocab_size context_length d_model n_layers n_heads n_kv_heads head_dim d_ff architecture norm norm_eps activation "
-    "gated_mlp rope parallel_residual qkv_bias attn_out_bias mlp_bias norm_bias tied bos_id eos_ids".split()
-)
 
 
 class Seen(NamedTuple):
@@ -61,9 +55,7 @@ def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], rotati
 
     Raises LoadstoneError for a config that asks for what the graph does not do.
     """
-    defaults = {field.name: field.default for field in fields(config)}
-    if odd := [name for name, default in defaults.items() if name not in KNOWN and getattr(config, name) != default]:
-        raise LoadstoneError(f"engine max does not do {', '.join(odd)}, which this model needs; use --engine torch.")
+    require_fields(config, "max")
     c = config
     inputs = [
         TensorType(I64, [B, T], CPU), TensorType(I64, [B], CPU), TensorType(I64, [B], CPU),
@@ -140,7 +132,6 @@ def _attention(
     c: GPTConfig, weights: _Weights, x_BTC: TensorValue, seen: Seen, keys: TensorValue, values: TensorValue
 ) -> tuple[TensorValue, TensorValue, TensorValue]:
     H, K, D = c.n_heads, c.n_kv_heads, c.head_dim
-    G = H // K
 
     def heads(name: str, n: int) -> TensorValue:
         return _linear(weights, f"attn.{name}", x_BTC).reshape((B, T, n, D)).permute([0, 2, 1, 3])  # [B, n, T, D]
@@ -148,13 +139,20 @@ def _attention(
     q, k, v = heads("q", H), heads("k", K), heads("v", K)
     if c.rope is not None:
         q, k = _rotate(q, seen, D), _rotate(k, seen, D)
-    q = (q * D**-0.5).reshape((B, K, G * T, D))  # the G heads of a group read the same keys
-    held = ops.matmul(q, ops.transpose(keys, 2, 3)) + seen.held  # [B, K, G T, S]
-    fresh = ops.matmul(q, ops.transpose(k, 2, 3)).reshape((B, K, G, T, T)) + seen.new
-    weight = ops.softmax(ops.concat([held, fresh.reshape((B, K, G * T, T))], axis=-1))
+    def shared(x_BKND: TensorValue, n: Dim) -> TensorValue:
+        """Each key/value head once for every query head of its group: a copy, as max multiplies ranks up to 4 only."""
+        if H == K:
+            return x_BKND
+        return ops.broadcast_to(ops.unsqueeze(x_BKND, 2), (B, K, H // K, n, D)).reshape((B, H, n, D))
+
+    q = q * D**-0.5
+    held = ops.matmul(q, ops.transpose(shared(keys, S), 2, 3)) + seen.held  # [B, H, T, S]
+    new = ops.matmul(q, ops.transpose(shared(k, T), 2, 3)) + seen.new  # [B, H, T, T]
+    weight = ops.softmax(ops.concat([held, new], axis=-1))
     border = TensorValue(S)
-    y = ops.matmul(weight[..., (slice(0, border), S)], values) + ops.matmul(weight[..., (slice(border, None), T)], v)
-    y_BTC = y.reshape((B, H, T, D)).permute([0, 2, 1, 3]).reshape((B, T, H * D))
+    y = ops.matmul(weight[..., (slice(0, border), S)], shared(values, S))
+    y = y + ops.matmul(weight[..., (slice(border, None), T)], shared(v, T))
+    y_BTC = y.permute([0, 2, 1, 3]).reshape((B, T, H * D))
     return _linear(weights, "attn.out", y_BTC), k, v
 
 

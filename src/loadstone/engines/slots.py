@@ -51,7 +51,9 @@ class SlotCache:
         """
         if not any(self.lengths[row] for row in rows):
             return np.zeros((*self.kv.shape[:2], len(rows), self.kv.shape[3], 1, self.kv.shape[5]), np.float32)
-        return self.kv if list(rows) == list(range(len(self.lengths))) else np.ascontiguousarray(self.kv[:, :, list(rows)])
+        return (
+            self.kv if list(rows) == list(range(len(self.lengths))) else np.ascontiguousarray(self.kv[:, :, list(rows)])
+        )
 
     def append(self, rows: Sequence[int], new: NDArray[Any], counts: Sequence[int]) -> None:
         """Store a call's keys and values [layers, 2, R, K, T, D]; of row r the first `counts[r]` tokens are real."""
