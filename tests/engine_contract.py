@@ -21,7 +21,8 @@ class Played:
 
     def __init__(self, engine: Engine, model: GPT, batch: int, **options: Any) -> None:
         self.engine, self.model = engine, model
-        self.cache, self.rows = engine.new_cache(batch, **options), [[] for _ in range(batch)]  # type: list[list[int]]
+        self.cache = engine.new_cache(batch, **options)
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
 
     def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Any:
         for row, ids in prompts.items():

@@ -1,4 +1,4 @@
-"""The engine `compile`: what it computes and when it compiles. C++ is made in tests/peers; here graphs run as they are."""
+"""The engine `compile`: what it computes, when it compiles. Here graphs run as they are; C++ is made in tests/peers."""
 
 from __future__ import annotations
 

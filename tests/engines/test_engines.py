@@ -77,7 +77,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(ENGINES, "max", ENGINES["torch"].__class__("", "", lambda: "", ("cpu",), ("float32",)))
     with pytest.raises(LoadstoneError, match="engine max runs on cpu only; device cuda was asked for"):
         require_engine("max", "cuda")
-    with pytest.raises(LoadstoneError, match=r"computes in float32 only, and the model is in bfloat16: load it with"):
+    with pytest.raises(LoadstoneError, match=r"computes in float32 only, and bfloat16 was asked for: load the"):
         start_engine("max", small_gpt(1).bfloat16())
 
 
@@ -95,7 +95,7 @@ def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch, cxx: str, the
     import re
 
     monkeypatch.setenv("CXX", cxx)
-    monkeypatch.setattr(probes.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
     found = probes.compiler()
     assert bool(found) == bool(words)
     assert re.search(words, found)
@@ -128,8 +128,8 @@ def test_the_cache_in_numpy_holds_what_the_models_own_does() -> None:
 
 
 def test_the_table_costs_no_torch_and_no_max() -> None:
-    code = "import sys, loadstone.engines as e; [k.missing() for k in e.ENGINES.values()]; import loadstone.engines.slots\n"
-    code += "assert not {'torch', 'max'} & set(sys.modules)"
+    code = "import sys, loadstone.engines as e, loadstone.engines.slots\n"
+    code += "[kind.missing() for kind in e.ENGINES.values()]\nassert not {'torch', 'max'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -89,7 +89,9 @@ class EngineOptions(RunOptions):
 
     def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
         """The model on the engine; one that cannot run here is refused before anything is loaded."""
-        require_engine(self.engine, self.device)
+        kind = require_engine(self.engine, self.device, self.dtype)
+        if self.dtype == "auto" and kind.dtypes:
+            self.dtype = kind.dtypes[0]
         _, model, tokenizer = self.load(source)
         with progress_bar(f"starting {self.engine}"):
             return start_engine(self.engine, model), tokenizer

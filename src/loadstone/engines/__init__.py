@@ -69,8 +69,8 @@ def engine_of(model: GPT | Engine) -> Engine:
     return TorchEngine(model)
 
 
-def require_engine(name: str, device: str = "cpu") -> Kind:
-    """The table's entry. Raises LoadstoneError for a name that is not there and for an engine that cannot run here."""
+def require_engine(name: str, device: str = "cpu", dtype: str = "auto") -> Kind:
+    """The table's entry. Raises LoadstoneError for a name that is not there and for what the engine cannot do here."""
     kind = ENGINES.get(name)
     if kind is None:
         raise LoadstoneError(f"no engine is called {name!r}; known: {', '.join(ENGINES)} (`loadstone engines`).")
@@ -78,19 +78,18 @@ def require_engine(name: str, device: str = "cpu") -> Kind:
         raise EngineMissingError(f"engine {name}: {reason} Without it, --engine {DEFAULT} runs every model.")
     if kind.devices and device not in kind.devices:
         raise LoadstoneError(f"engine {name} runs on {' and '.join(kind.devices)} only; device {device} was asked for.")
+    if kind.dtypes and dtype not in ("auto", *kind.dtypes):
+        raise LoadstoneError(
+            f"engine {name} computes in {' and '.join(kind.dtypes)} only, and {dtype} was asked for: load the model "
+            f"with --dtype {kind.dtypes[0]} (dtype={kind.dtypes[0]!r})."
+        )
     return kind
 
 
 def start_engine(name: str, model: GPT) -> Engine:
     """The model on an engine. Raises LoadstoneError if that is missing, or cannot run this model."""
     weight = model.tok_emb.weight
-    kind = require_engine(name, str(weight.device))
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if kind.dtypes and dtype not in kind.dtypes:
-        raise LoadstoneError(
-            f"engine {name} computes in {' and '.join(kind.dtypes)} only, and the model is in {dtype}: load it with "
-            f"--dtype {kind.dtypes[0]} (dtype={kind.dtypes[0]!r})."
-        )
+    kind = require_engine(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
     module, _, attribute = kind.home.partition(":")
     started: Engine = getattr(importlib.import_module(f".{module}", __name__), attribute)(model)
     return started

@@ -1,4 +1,4 @@
-"""The engine `compile`: torch.compile with static shapes. The cache has a fixed size and the mask follows from positions.
+"""The engine `compile`: torch.compile with static shapes. The cache has a fixed size, the mask follows from positions.
 
 What was compiled once serves every later call: the number of tokens of a prompt and the size of a cache are rounded up
 to a few sizes, and where the tokens stand is data, not shape. Weights are frozen: constants that the compiler packs for
@@ -6,7 +6,7 @@ its own matrix products (a second copy of them, and the reason why decoding gets
 
 Shapes: B rows, T tokens of this call (padded), S cache slots, K key/value heads, D head_dim, V vocabulary.
 
-*Others*: gpt-fast compiles decoding only, for one row; transformers' static cache compiles anew for each batch and length.
+*Others*: transformers' static cache compiles anew for each length of a cache; gpt-fast compiles for one row.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class MaxEngine(Engine):
         self.config = model.config
         # contiguous, and kept: MAX does not copy them
         self._weights = {n: np.ascontiguousarray(p.detach().numpy()) for n, p in model.named_parameters()}
-        graph = build_graph(self.config, {n: w.shape for n, w in self._weights.items()}, _rotation(self.config))
+        self._weights |= _rotation(self.config)
+        graph = build_graph(self.config, {name: weight.shape for name, weight in self._weights.items()})
         try:
             self._model = InferenceSession().load(graph, weights_registry=self._weights)
         except (RuntimeError, ValueError) as error:
@@ -57,9 +58,9 @@ class MaxEngine(Engine):
         return np.array(logits.to_numpy())
 
 
-def _rotation(config: GPTConfig) -> Floats:
-    """Radians per position, then the factor on cos and sin; no frequencies without rotary embedding."""
+def _rotation(config: GPTConfig) -> dict[str, Floats]:
+    """Weights as far as MAX is concerned, so that what it compiled serves every base and scaling."""
     if config.rope is None:
-        return np.ones(1, np.float32)
+        return {}
     frequencies, factor = inverse_frequencies(config.rope, config.rope.dims or config.head_dim)
-    return np.append(frequencies.numpy(), np.float32(factor))
+    return {"frequencies": frequencies.numpy(), "rotation_factor": np.array([factor], np.float32)}

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, Graph, TensorType, TensorValue, ops
-from numpy.typing import NDArray
 
 from ..config import GPTConfig
 from .fields import require_fields
@@ -37,21 +36,21 @@ ACTIVATIONS: dict[str, Callable[[TensorValue], TensorValue]] = {
 
 
 class Seen(NamedTuple):
-    """What all blocks share: rotation [B, 1, T, R/2] (nothing without rotary embedding) and the masks."""
+    """What all blocks share: the masks and, with rotary embedding, the angles of the positions."""
 
-    cos: TensorValue
-    sin: TensorValue
     held: TensorValue  # [B, 1, 1, S]: added to scores of cached slots
     new: TensorValue  # [T, T]: added to scores of this call's tokens
+    cos: TensorValue | None = None  # [B, 1, T, R/2]
+    sin: TensorValue | None = None
 
 
-def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], rotation: NDArray[np.float32]) -> Graph:
+def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     """ids [B, T], lengths [B], last [B], cache [layers, 2, B, K, S, D] -> logits [B, V], new [layers, 2, B, K, T, D].
 
     Args:
         config: the model's.
-        shapes: of every parameter, by the model's own names.
-        rotation: radians per position [R/2], then the factor on cos and sin; empty without rotary embedding.
+        shapes: of every parameter, by the model's own names; with rotary embedding also of `frequencies`, the radians
+            per position [R/2], and of `rotation_factor` [1], on cos and sin.
 
     Raises LoadstoneError for a config that asks for what the graph does not do.
     """
@@ -66,7 +65,7 @@ def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], rotati
         weights = _Weights(shapes)
         steps_T = ops.range(0, T, 1, out_dim=T, dtype=I64, device=CPU)
         positions_BT = ops.unsqueeze(lengths_B, 1) + ops.unsqueeze(steps_T, 0)
-        seen = _seen(positions_BT, lengths_B, steps_T, rotation)
+        seen = _seen(weights, positions_BT, lengths_B, steps_T)
         embedding_VC = weights["tok_emb.weight"]
         x_BTC = ops.gather(embedding_VC, ids_BT, axis=0)
         if c.rope is None:
@@ -74,7 +73,14 @@ def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], rotati
         block = _block_subgraph(graph, c, shapes, seen)
         new = []
         for layer in range(c.n_layers):
-            called = ops.call(block, x_BTC, *seen, kv[layer, 0], kv[layer, 1], prefix=f"blocks.{layer}.")
+            called = ops.call(
+                block,
+                x_BTC,
+                *(value for value in seen if value is not None),
+                kv[layer, 0],
+                kv[layer, 1],
+                prefix=f"blocks.{layer}.",
+            )
             x_BTC, k, v = (value.tensor for value in called)
             new += [k, v]
         rows_B = ops.range(0, B, 1, out_dim=B, dtype=I64, device=CPU)
@@ -102,26 +108,31 @@ class _Weights:
         return f"blocks.0.{name}" if self.in_block else name
 
 
-def _seen(
-    positions_BT: TensorValue, lengths_B: TensorValue, steps_T: TensorValue, rotation: NDArray[np.float32]
-) -> Seen:
+def _seen(weights: _Weights, positions_BT: TensorValue, lengths_B: TensorValue, steps_T: TensorValue) -> Seen:
     shown, hidden = ops.constant(0.0, F32, device=CPU), ops.constant(HIDDEN, F32, device=CPU)
     slots_S = ops.range(0, S, 1, out_dim=S, dtype=I64, device=CPU)
     held = ops.where(ops.unsqueeze(lengths_B, 1) > ops.unsqueeze(slots_S, 0), shown, hidden).reshape((B, 1, 1, S))
     new = ops.where(ops.unsqueeze(steps_T, 1) >= ops.unsqueeze(steps_T, 0), shown, hidden)
-    angles = ops.cast(positions_BT, F32).reshape((B, 1, T, 1)) * ops.constant(rotation[:-1], device=CPU)
-    factor = ops.constant(float(rotation[-1]), F32, device=CPU)
-    return Seen(ops.cos(angles) * factor, ops.sin(angles) * factor, held, new)
+    if "frequencies" not in weights:
+        return Seen(held, new)
+    angles = ops.cast(positions_BT, F32).reshape((B, 1, T, 1)) * weights["frequencies"]
+    factor = weights["rotation_factor"]
+    return Seen(held, new, ops.cos(angles) * factor, ops.sin(angles) * factor)
 
 
 def _block_subgraph(graph: Graph, c: GPTConfig, shapes: Mapping[str, tuple[int, ...]], seen: Seen) -> Graph:
     """x, `Seen`, cached keys and values [B, K, S, D] -> x, new keys and values [B, K, T, D]."""
     cached = TensorType(F32, [B, c.n_kv_heads, S, c.head_dim], CPU)
-    types = [TensorType(F32, [B, T, c.d_model], CPU), *(value.type for value in seen), cached, cached]
+    types = [
+        TensorType(F32, [B, T, c.d_model], CPU),
+        *(value.type for value in seen if value is not None),
+        cached,
+        cached,
+    ]
     with graph.add_subgraph("block", input_types=types) as block:
-        x_BTC, *shared, keys, values = (value.tensor for value in block.inputs)
+        x_BTC, *parts, keys, values = (value.tensor for value in block.inputs)
         weights = _Weights(shapes, in_block=True)
-        y_BTC, k, v = _attention(c, weights, _norm(c, weights, "norm1", x_BTC), Seen(*shared), keys, values)
+        y_BTC, k, v = _attention(c, weights, _norm(c, weights, "norm1", x_BTC), Seen(*parts), keys, values)
         attended_BTC = x_BTC + y_BTC
         h_BTC = _norm(c, weights, "norm2", x_BTC if c.parallel_residual else attended_BTC)
         block.output(attended_BTC + _mlp(c, weights, h_BTC), k, v)
@@ -137,8 +148,9 @@ def _attention(
         return _linear(weights, f"attn.{name}", x_BTC).reshape((B, T, n, D)).permute([0, 2, 1, 3])  # [B, n, T, D]
 
     q, k, v = heads("q", H), heads("k", K), heads("v", K)
-    if c.rope is not None:
-        q, k = _rotate(q, seen, D), _rotate(k, seen, D)
+    if seen.cos is not None and seen.sin is not None:
+        q, k = _rotate(q, seen.cos, seen.sin, D), _rotate(k, seen.cos, seen.sin, D)
+
     def shared(x_BKND: TensorValue, n: Dim) -> TensorValue:
         """Each key/value head once for every query head of its group: a copy, as max multiplies ranks up to 4 only."""
         if H == K:
@@ -156,11 +168,11 @@ def _attention(
     return _linear(weights, "attn.out", y_BTC), k, v
 
 
-def _rotate(x_BHTD: TensorValue, seen: Seen, D: int) -> TensorValue:
+def _rotate(x_BHTD: TensorValue, cos: TensorValue, sin: TensorValue, D: int) -> TensorValue:
     """Turn element j with element j + R/2; those from R on stay. As `model.rotate`."""
-    half = int(seen.cos.shape[-1])
+    half = int(cos.shape[-1])
     a, b = x_BHTD[..., :half], x_BHTD[..., half : 2 * half]
-    turned = [a * seen.cos - b * seen.sin, b * seen.cos + a * seen.sin]
+    turned = [a * cos - b * sin, b * cos + a * sin]
     return ops.concat([*turned, *([x_BHTD[..., 2 * half :]] if 2 * half < D else [])], axis=-1)
 
 

@@ -37,8 +37,8 @@ class Cache(Protocol):
 class Engine(ABC):
     """A model that is ready to run.
 
-    Logits are scores of the next token, [rows, V]: a numpy array in float32, or a torch tensor of any floating type. The
-    caller may write into them, and they stay what they are when the engine runs again.
+    Logits are scores of the next token, [rows, V]: a numpy array in float32, or a torch tensor of any floating type.
+    The caller may write into them, and they stay what they are when the engine runs again.
 
     Attributes:
         config: the model's.
@@ -63,12 +63,12 @@ class Engine(ABC):
         """Read one or more tokens into each of the named rows, after what it holds; the other rows stay as they are.
 
         Returns the logits after each named row's last token, in the order of `prompts`.
-        Raises IndexError beyond the cache's size; as rows are padded, the longest prompt must fit behind the fullest row.
+        Raises IndexError beyond the cache's size: rows are padded, so the longest prompt must fit behind the fullest.
         """
 
     @abstractmethod
     def decode(self, cache: Any, tokens: Sequence[int]) -> Any:
-        """Read one more token into every row; returns the logits after it. Raises IndexError beyond the cache's size."""
+        """Read one more token into every row; returns the logits after it. Raises IndexError as `prefill`."""
 
     def reset(self, cache: Any, lengths: Sequence[int]) -> None:
         """Each row forgets all but its first tokens. Raises ValueError for a length that it has not reached."""
