@@ -13,7 +13,7 @@ Written against max 26.6 (`probes.MAX_VERSIONS`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from max.dtype import DType
@@ -42,6 +42,10 @@ class Seen(NamedTuple):
     new: TensorValue  # [T, T]: added to scores of this call's tokens
     cos: TensorValue | None = None  # [B, 1, T, R/2]
     sin: TensorValue | None = None
+
+    @property
+    def parts(self) -> list[TensorValue]:
+        return [value for value in self if value is not None]
 
 
 def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
@@ -73,14 +77,7 @@ def build_graph(config: GPTConfig, shapes: Mapping[str, tuple[int, ...]]) -> Gra
         block = _block_subgraph(graph, c, shapes, seen)
         new = []
         for layer in range(c.n_layers):
-            called = ops.call(
-                block,
-                x_BTC,
-                *(value for value in seen if value is not None),
-                kv[layer, 0],
-                kv[layer, 1],
-                prefix=f"blocks.{layer}.",
-            )
+            called = ops.call(block, x_BTC, *seen.parts, kv[layer, 0], kv[layer, 1], prefix=f"blocks.{layer}.")
             x_BTC, k, v = (value.tensor for value in called)
             new += [k, v]
         rows_B = ops.range(0, B, 1, out_dim=B, dtype=I64, device=CPU)
@@ -123,12 +120,7 @@ def _seen(weights: _Weights, positions_BT: TensorValue, lengths_B: TensorValue, 
 def _block_subgraph(graph: Graph, c: GPTConfig, shapes: Mapping[str, tuple[int, ...]], seen: Seen) -> Graph:
     """x, `Seen`, cached keys and values [B, K, S, D] -> x, new keys and values [B, K, T, D]."""
     cached = TensorType(F32, [B, c.n_kv_heads, S, c.head_dim], CPU)
-    types = [
-        TensorType(F32, [B, T, c.d_model], CPU),
-        *(value.type for value in seen if value is not None),
-        cached,
-        cached,
-    ]
+    types = [TensorType(F32, [B, T, c.d_model], CPU), *(value.type for value in seen.parts), cached, cached]
     with graph.add_subgraph("block", input_types=types) as block:
         x_BTC, *parts, keys, values = (value.tensor for value in block.inputs)
         weights = _Weights(shapes, in_block=True)
@@ -193,6 +185,6 @@ def _norm(c: GPTConfig, weights: _Weights, name: str, x: TensorValue) -> TensorV
     if c.norm == "rmsnorm":
         y = ops.rms_norm(x, weight, c.norm_eps)
         return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-    zeros: Any = np.zeros(c.d_model, np.float32)
-    bias = weights[f"{name}.bias"] if f"{name}.bias" in weights else ops.constant(zeros, device=CPU)
-    return ops.layer_norm(x, weight, bias, c.norm_eps)
+    if f"{name}.bias" in weights:
+        return ops.layer_norm(x, weight, weights[f"{name}.bias"], c.norm_eps)
+    return ops.layer_norm(x, weight, ops.constant(np.zeros(c.d_model, np.float32), device=CPU), c.norm_eps)
