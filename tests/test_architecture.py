@@ -22,7 +22,7 @@ LAYERS = [
     {"model"},
     {"weightmap", "sampling", "kernels"},
     {"tokenizer"},
-    {"load", "certificate"},
+    {"load", "certificate", "engines"},
     {"diagnose", "generate", "report", "diff", "sizes", "layouts"},
     {"verify"},
     {"convert"},

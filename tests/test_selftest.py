@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loadstone.checks import Check
 from loadstone.diagnose import selftest
-from loadstone.diagnose.selftest import ENGINES, LENGTHS, EngineMissingError, Run, self_test
+from loadstone.diagnose.selftest import LENGTHS, WAYS, EngineMissingError, Run, self_test
 from loadstone.errors import LoadstoneError
 from loadstone.model import GPT
 from test_model import SWITCHES, hostile
@@ -30,7 +30,7 @@ def register(monkeypatch: pytest.MonkeyPatch, broken: Break) -> None:
     def build(model: GPT) -> Run:
         return lambda ids: broken(model(ids), model)
 
-    monkeypatch.setitem(ENGINES, "broken", build)
+    monkeypatch.setitem(WAYS, "broken", build)
 
 
 def verdicts(model: GPT, engine: str, **options: object) -> tuple[Check, Check]:
@@ -39,7 +39,7 @@ def verdicts(model: GPT, engine: str, **options: object) -> tuple[Check, Check]:
 
 
 @pytest.mark.parametrize("name", sorted(SWITCHES))
-@pytest.mark.parametrize("engine", ["eager", "cached", "batched"])
+@pytest.mark.parametrize("engine", ["eager", "cached", "batched", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_sound_engines_pass_in_every_type(name: str, engine: str, dtype: str) -> None:
     if SWITCHES[name].n_experts and "float16" in dtype:
@@ -114,7 +114,7 @@ def test_a_mask_that_lets_the_future_in(monkeypatch: pytest.MonkeyPatch, model: 
     def build(model: GPT) -> Run:
         return lambda ids: model(torch.cat([ids[:, 1:], ids[:, -1:]], 1)) if ids.shape[1] > 16 else model(ids)
 
-    monkeypatch.setitem(ENGINES, "broken", build)
+    monkeypatch.setitem(WAYS, "broken", build)
     assert "right up to length 16, wrong from 17 on" in verdicts(model, "broken")[0].detail
 
 
@@ -125,7 +125,7 @@ def test_stale_results(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
         seen: dict[int, Tensor] = {}
         return lambda ids: seen.setdefault(ids.shape[1], model(ids))
 
-    monkeypatch.setitem(ENGINES, "broken", remembers)
+    monkeypatch.setitem(WAYS, "broken", remembers)
     assert verdicts(model, "broken", lengths=SHORT)[0].detail.startswith("wrong at every length")
 
     def one_buffer(model: GPT) -> Run:
@@ -137,7 +137,7 @@ def test_stale_results(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
 
         return run
 
-    monkeypatch.setitem(ENGINES, "broken", one_buffer)
+    monkeypatch.setitem(WAYS, "broken", one_buffer)
     values, stale = verdicts(model, "broken", lengths=SHORT)
     assert values.ok
     assert stale.ok is False
@@ -219,20 +219,20 @@ def test_a_missing_compiler_is_no_verdict(monkeypatch: pytest.MonkeyPatch, model
     class InvalidCompilerError(RuntimeError):
         __module__ = "torch._inductor.exc"
 
-    def compiled(ids: Tensor) -> Tensor:
+    def compiled(*inputs: object) -> Tensor:
         raise InvalidCompilerError("No working C++ compiler found\nin three places")
 
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
     (check,) = self_test(model, engine="compile")
     assert check.ok is None
     assert check.detail == "torch.compile does not work here (it needs a C++ compiler): No working C++ compiler found"
 
 
 def test_an_error_of_the_model_under_compile_is_a_verdict(monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
-    def compiled(ids: Tensor) -> Tensor:
+    def compiled(*inputs: object) -> Tensor:
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled)
     (values, _) = self_test(model, engine="compile", lengths=(1, 2))
     assert values.ok is False
     assert "RuntimeError: illegal instruction" in values.detail
@@ -242,14 +242,14 @@ def test_an_engine_may_say_that_it_is_missing(monkeypatch: pytest.MonkeyPatch, m
     def build(model: GPT) -> Run:
         raise EngineMissingError("needs the package max")
 
-    monkeypatch.setitem(ENGINES, "max", build)
+    monkeypatch.setitem(WAYS, "max", build)
     assert self_test(model, engine="max") == [Check("engine max on cpu in float32", None, "needs the package max")]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"engine": "metal"}, "no engine is called 'metal'; known: eager, compile, cached, batched"),
+        ({"engine": "metal"}, "no engine is called 'metal'; known: eager, cached, batched, torch, compile, max"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"device": "toaster"}, "device 'toaster' cannot be used here"),
         ({"dtype": "int8"}, "dtype int8 cannot be tested; use float64, float32, float16, bfloat16"),

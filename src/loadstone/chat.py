@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .engines import Engine
 from .errors import LoadstoneError
 from .generate import Session, stream_text
 from .model import GPT
@@ -21,7 +22,7 @@ LEAVE = ("quit", "exit", "q")
 class Conversation:
     """Messages so far and the cache that holds them, so that each turn reads only what is new."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, system: str | None = None, **options: Any) -> None:
+    def __init__(self, model: GPT | Engine, tokenizer: Tokenizer, *, system: str | None = None, **options: Any) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.messages = [{"role": "system", "content": system}] if system else []
         if system and tokenizer.chat_template is None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .config import GPTConfig
+from .engines import Cache, Engine, engine_of
 from .errors import LoadstoneError
 from .model import GPT
-from .positions import KVCache
 from .sampling import Sampling, choose
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ OVERFLOW = ("refuse", "window")
 class Session:
     """A cache that outlives one call, and the tokens it holds: a prompt that continues them is not read again."""
 
-    cache: KVCache
+    cache: Cache
     ids: list[int] = field(default_factory=list)
 
 
@@ -56,7 +56,7 @@ class Stream:
     """Iterates over generation steps; each gives one new token per row, None for a row that has ended.
 
     Args:
-        model: the model.
+        model: the model, or an engine that runs it.
         prompts: token ids, one list per row; none may be empty.
         max_new_tokens: most tokens to make per row.
         sampling: how to choose.
@@ -72,7 +72,7 @@ class Stream:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Engine,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -83,7 +83,7 @@ class Stream:
         overflow: str = "refuse",
         session: Session | None = None,
     ) -> None:
-        self.model, self.sampling = model, sampling or Sampling()
+        self.engine, self.sampling = engine_of(model), sampling or Sampling()
         self.max_new_tokens, self.stop_ids, self.n_tokens = max_new_tokens, frozenset(stop_ids), n_tokens
         self.context = min(model.config.context_length, session.cache.size if session else model.config.context_length)
         self.overflow, self.session, self.seed = overflow, session, seed
@@ -91,9 +91,9 @@ class Stream:
         self.history = [list(prompt) for prompt in prompts]
         self.results = [Generation() for _ in prompts]
         longest = min(max(map(len, prompts)) + max_new_tokens, self.context)
-        self.cache = session.cache if session else model.new_cache(len(prompts), longest)
+        self.cache: Cache = session.cache if session else self.engine.new_cache(len(prompts), longest)
         seed = getrandbits(63) if seed is None else seed
-        self.generators = [torch.Generator(model.tok_emb.weight.device).manual_seed(seed) for _ in prompts]
+        self.generators = [torch.Generator(self.engine.device).manual_seed(seed) for _ in prompts]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if self.overflow not in OVERFLOW:
@@ -101,7 +101,7 @@ class Stream:
         if self.max_new_tokens < 0:
             raise LoadstoneError(f"max_new_tokens must be 0 or more, found {self.max_new_tokens}.")
         for prompt in prompts or [[]]:
-            check_prompt(prompt, self.model.config)
+            check_prompt(prompt, self.engine.config)
         longest = max(map(len, prompts))
         if longest > self.context and self.overflow == "refuse":
             raise LoadstoneError(
@@ -131,23 +131,21 @@ class Stream:
             logits_BV = self._step()
 
     def _prefill(self) -> Tensor:
-        """Read the prompts, padded on the right; logits after each one's last token."""
         rows = [ids[-self.context :] for ids in self.history]
         known = self._known(self.session, rows[0]) if self.session else 0
-        new = [row[known:] for row in rows]
-        width = max(map(len, new))
-        ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in new], device=self.generators[0].device)
-        x_BTC = self.model.hidden(ids_BT, self.cache)
-        self.cache.lengths = [len(row) for row in rows]
-        last = torch.tensor([len(row) - 1 for row in new], device=x_BTC.device)
-        return self.model.logits(x_BTC[torch.arange(len(new), device=x_BTC.device), last])
+        return self._tensor(self.engine.prefill(self.cache, {row: ids[known:] for row, ids in enumerate(rows)}))
+
+    def _tensor(self, logits: Any) -> Tensor:
+        """An engine's logits, which are numpy's or torch's, for `choose`; nothing is copied."""
+        return torch.as_tensor(logits, device=self.engine.device)
 
     def _known(self, session: Session, row: list[int]) -> int:
         """How many of the prompt's tokens the session holds already (never the last: its logits are due)."""
         pairs = enumerate(zip(session.ids, row[:-1], strict=False))
         known = next((i for i, (held, wanted) in pairs if held != wanted), min(len(session.ids), len(row) - 1))
         # What lies beyond is overwritten from now on, so it is forgotten first, lest an interruption leave it named.
-        session.cache.lengths, session.ids = [known], session.ids[:known]
+        self.engine.reset(session.cache, [known])
+        session.ids = session.ids[:known]
         return known
 
     def _choose(self, logits_BV: Tensor) -> list[int | None]:
@@ -181,12 +179,9 @@ class Stream:
         """
         held = self.cache.lengths
         grows = [not r.finish and n < self.context for r, n in zip(self.results, held, strict=True)]
-        self.cache.lengths = [min(n, self.cache.size - 1) for n in held]
-        if not any(grows):
-            return torch.stack([self._slide(row) for row in range(len(held))])
-        newest = torch.tensor([ids[-1:] for ids in self.history], device=self.cache.kv.device)
-        logits_BV = self.model.logits(self.model.hidden(newest, self.cache)[:, -1])
-        self.cache.lengths = [n + grow for n, grow in zip(held, grows, strict=True)]
+        self.engine.reset(self.cache, [min(n, self.cache.size - 1) for n in held])
+        logits_BV = self._tensor(self.engine.decode(self.cache, [ids[-1] for ids in self.history]))
+        self.engine.reset(self.cache, [n + grow for n, grow in zip(held, grows, strict=True)])
         for row, result in enumerate(self.results):
             if not (grows[row] or result.finish):
                 logits_BV[row] = self._slide(row)
@@ -197,14 +192,11 @@ class Stream:
         if self.session:
             self.session.ids = []
         tail = self.history[row][-max(self.context // 2, 1) :]
-        alone = self.model.new_cache(1, self.cache.size)
-        x_BTC = self.model.hidden(torch.tensor([tail], device=alone.kv.device), alone)
-        self.cache.kv[:, :, row] = alone.kv[:, :, 0]
-        self.cache.lengths[row] = len(tail)
-        return self.model.logits(x_BTC[0, -1])
+        self.engine.reset(self.cache, [0 if r == row else n for r, n in enumerate(self.cache.lengths)])
+        return self._tensor(self.engine.prefill(self.cache, {row: tail}))[0]
 
 
-def generate(model: GPT, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
+def generate(model: GPT | Engine, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
     """Generate for a batch of prompts at once; see `Stream` for the options. The results hold new tokens only."""
     stream = Stream(model, prompts, **options)
     for _ in stream:
@@ -249,7 +241,7 @@ class Text:
 
 
 def stream_text(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     *,
@@ -294,7 +286,7 @@ class Completion:
 
 
 def generate_texts(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -320,13 +312,15 @@ def generate_texts(
     return completions
 
 
-def _for_text(model: GPT, tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+def _for_text(
+    model: GPT | Engine, tokenizer: Tokenizer, options: dict[str, Any], sampling: dict[str, Any]
+) -> dict[str, Any]:
     """`Stream`'s options, with the end tokens (config's and tokenizer's) and where padding of the vocabulary begins."""
     ends = {*tokenizer.eos_ids, *model.config.eos_ids}
     known = {"stop_ids": ends, "n_tokens": min(tokenizer.vocab_size, model.config.vocab_size)}
     return options | known | {"sampling": Sampling(**sampling)}
 
 
-def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -> str:
+def generate_text(model: GPT | Engine, tokenizer: Tokenizer, prompt: str, **options: Any) -> str:
     """The prompt and its continuation as one text; see `stream_text` for the options."""
     return prompt + "".join(stream_text(model, tokenizer, prompt, **options))

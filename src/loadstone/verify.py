@@ -88,7 +88,7 @@ def verify(
         identity, model, tokenizer: what `open_source`, `load_model` and `load_tokenizer_for` gave.
         against: a reference: `transformers` (the same source, read by transformers), `transformers:PATH`, a trace, or
             any other source. Without one, the witnesses inside the weights are asked.
-        engine: compare this way of running the model (`ENGINES` in `diagnose.selftest`), on its own device and in its
+        engine: compare this way of running the model (`WAYS` in `diagnose.selftest`), on its own device and in its
             own type, with the CPU in float32.
         progress: called with (steps done, steps in all) during the structure check.
 

@@ -55,7 +55,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
-    *(run.generate, run.chat, serve.serve, write.convert, fetch.pull),
+    *(run.generate, run.chat, run.engines, serve.serve, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
 )
 for _verb in VERBS:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from ..engines import DEFAULT, require_engine, start_engine
 from ..errors import LoadstoneError
 
 if TYPE_CHECKING:
+    from ..engines import Engine
     from ..model import GPT
     from ..tokenizer import Tokenizer
     from ..weightmap import Identity
@@ -75,6 +77,24 @@ class RunOptions(OpenOptions):
             for line in lines:
                 print(f"{label}: {line}", file=sys.stderr)
         return identity, model, tokenizer
+
+
+@dataclass
+class EngineOptions(RunOptions):
+    """How to read SRC and what runs it."""
+
+    engine: Annotated[str, typer.Option(help="torch, compile or max; `loadstone engines` tells which work here.")] = (
+        DEFAULT
+    )
+
+    def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
+        """The model on the engine; one that cannot run here is refused before anything is loaded."""
+        kind = require_engine(self.engine, self.device, self.dtype)
+        if self.dtype == "auto" and kind.dtypes:
+            self.dtype = kind.dtypes[0]
+        _, model, tokenizer = self.load(source)
+        with progress_bar(f"starting {self.engine}"):
+            return start_engine(self.engine, model), tokenizer
 
 
 @dataclass

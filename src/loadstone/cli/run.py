@@ -1,4 +1,4 @@
-"""generate, chat: text from a model."""
+"""generate, chat: text from a model; engines: what can run it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import ChatOptions, Json, RunOptions, Src, TextOptions, need, print_json
+from .options import ChatOptions, EngineOptions, Json, Src, TextOptions, need, print_json
 
 
 def generate(
@@ -16,14 +16,14 @@ def generate(
         list[str], typer.Argument(metavar="PROMPT...", help="Text to continue; several run as one batch.")
     ],
     text: TextOptions,
-    options: RunOptions,
+    options: EngineOptions,
     overflow: Annotated[
         str, typer.Option(help="A prompt beyond the context: refuse, or window (keep its end).")
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
-    _, model, tokenizer = options.load(source)
+    model, tokenizer = options.start(source)
     tokenizer = need(tokenizer, source)
     from ..generate import generate_texts, stream_text
 
@@ -46,12 +46,12 @@ def generate(
 def chat(
     source: Src,
     text: ChatOptions,
-    options: RunOptions,
+    options: EngineOptions,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this once and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, where the model's template has one.")] = None,
 ) -> None:
     """Talk with a model (or, if it has no chat template, let it continue prompt after prompt)."""
-    _, model, tokenizer = options.load(source)
+    model, tokenizer = options.start(source)
     tokenizer = need(tokenizer, source)
     from .. import chat as loop
     from ..checkpoint.hub import cache_folder
@@ -66,3 +66,24 @@ def chat(
         kind = "" if tokenizer.chat_template else " This model has no chat template: it continues what you write."
         print(f"quit, exit, q, Ctrl-C or Ctrl-D leave.{kind}")
     loop.run(conversation)
+
+
+def engines(as_json: Json = False) -> None:
+    """Which engines can run models here, which is used if none is named, and why not the others."""
+    from ..engines import DEFAULT, ENGINES
+
+    found = {name: kind.missing() for name, kind in ENGINES.items()}
+    if as_json:
+        print_json(
+            [
+                {"engine": name, "default": name == DEFAULT, "available": not reason, "about": ENGINES[name].about}
+                | ({"missing": reason} if reason else {})
+                for name, reason in found.items()
+            ]
+        )
+        return
+    for name, reason in found.items():
+        mark = "no " if reason else "ok "
+        print(f"{mark} {name:8} {ENGINES[name].about}" + (" (used if none is named)" if name == DEFAULT else ""))
+        if reason:
+            print(f"             not here: {reason}")

@@ -1,12 +1,13 @@
-"""Self-test of an engine: another way of running the same model (device, compiled, half precision, cache, batch).
+"""Self-test of an engine: another way of running the same model (device, compiler, half precision, cache, batch).
 
 `self_test(model, engine=..., device=..., dtype=...)` compares it with plain float32 on the CPU, at many lengths: back
 ends that are silently wrong are often right for the shortest inputs. The weights are the same on both sides: those of a
 half-precision model are widened, not read anew, so what is seen is the engine and not the loss of precision.
 
-A new engine is one entry: `ENGINES["mine"] = build`, where `build(model)` returns a function from token ids [1, T]
-(int64, on the CPU) to logits [1, T, V] of any type on any device. `EngineMissingError` says that this machine cannot
-run it.
+All engines of the package's table (`loadstone.engines`) are here under their names, besides three ways to call the
+model itself. A new way is one entry: `WAYS["mine"] = build`, where `build(model)` returns a function from token ids
+[1, T] (int64, on the CPU) to logits [1, T, V] of any type on any device. `EngineMissingError` says that this machine
+cannot run it.
 
 Tolerances: what was measured on sound models is in docs/witnesses.md; they allow three times the worst of it or more.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from ..checkpoint.wording import few
 from ..checks import Check
+from ..engines import ENGINES, EngineMissingError, start_engine
 from ..errors import LoadstoneError
 from ..model import GPT
 
@@ -29,10 +32,7 @@ Run = Callable[[Tensor], Tensor]
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64)
 LONGEST = 256  # the context limit is tested as far as this, which takes seconds on a CPU
 SINGLE = 8  # tokens that the cached engine takes one at a time, at the end of each prompt
-
-
-class EngineMissingError(LoadstoneError):
-    """The engine cannot run on this machine, which says nothing about the model."""
+ROWS = 4  # of an engine's batch
 
 
 class Tolerance(NamedTuple):
@@ -58,25 +58,6 @@ TOLERANCES: Mapping[torch.dtype, Tolerance] = {
 def _eager(model: GPT) -> Run:
     device = model.tok_emb.weight.device
     return lambda ids: model(ids.to(device))
-
-
-def _compile(model: GPT) -> Run:
-    """torch.compile, for any length (`dynamic=True`)."""
-    device, compiled = model.tok_emb.weight.device, torch.compile(model, dynamic=True)
-
-    def run(ids: Tensor) -> Tensor:
-        try:
-            logits: Tensor = compiled(ids.to(device))
-        except Exception as error:  # whatever torch's compiler raises; the model's own errors pass
-            if type(error).__module__.partition(".")[2].startswith(("_dynamo", "_inductor")):
-                reason = str(error).strip().splitlines()[0]
-                raise EngineMissingError(
-                    f"torch.compile does not work here (it needs a C++ compiler): {reason}"
-                ) from error
-            raise
-        return logits
-
-    return run
 
 
 def _cached(model: GPT) -> Run:
@@ -112,12 +93,28 @@ def _batched(model: GPT) -> Run:
     return run
 
 
-ENGINES: dict[str, Callable[[GPT], Run]] = {
-    "eager": _eager,
-    "compile": _compile,
-    "cached": _cached,
-    "batched": _batched,
-}
+def _on_engine(name: str, model: GPT) -> Run:
+    """Through the engine's own calls. Each position is the end of one: of a prompt, or of a token after it.
+
+    Where the length is a multiple of `ROWS`, so many rows each read the prompt as far as their share, one after the
+    other's, and then take that share token by token: in one batch, at unequal positions. Else one row does all of it.
+    """
+    engine = start_engine(name, model)
+
+    def run(ids: Tensor) -> Tensor:
+        tokens = ids[0].tolist()
+        rows = 1 if len(tokens) % ROWS else ROWS
+        share = len(tokens) // rows
+        cache = engine.new_cache(rows, len(tokens))
+        parts = [engine.prefill(cache, {row: tokens[: row * share + 1] for row in range(rows)})]
+        parts += [engine.decode(cache, tokens[at::share]) for at in range(1, share)]
+        return torch.stack([torch.as_tensor(part) for part in parts], dim=1).flatten(0, 1)[None]
+
+    return run
+
+
+WAYS: dict[str, Callable[[GPT], Run]] = {"eager": _eager, "cached": _cached, "batched": _batched}
+WAYS |= {name: partial(_on_engine, name) for name in ENGINES}
 
 
 def self_test(
@@ -133,7 +130,7 @@ def self_test(
 
     Args:
         model: any model; it is not changed.
-        engine: a name in `ENGINES`.
+        engine: a name in `WAYS`.
         device, dtype: where and in what the engine runs; dtype None keeps the model's.
         lengths: those beyond the context are left out, and the context limit (256 at most) is added.
         progress: called with (lengths done, lengths in all).
@@ -145,8 +142,8 @@ def self_test(
     ok is None if the engine cannot run on this machine. Raises LoadstoneError for an engine, device or dtype that
     does not exist.
     """
-    if engine not in ENGINES:
-        raise LoadstoneError(f"no engine is called {engine!r}; known: {', '.join(ENGINES)}.")
+    if engine not in WAYS:
+        raise LoadstoneError(f"no engine is called {engine!r}; known: {', '.join(WAYS)}.")
     wanted = _dtype(model, dtype)
     candidate = _moved(model, device, wanted)
     reference = _moved(candidate, "cpu", torch.float32)
@@ -157,7 +154,7 @@ def self_test(
     with torch.inference_mode():
         expected = [reference(prompt)[0] for prompt in prompts]
         try:
-            run = ENGINES[engine](candidate)
+            run = WAYS[engine](candidate)
             results = []
             for done, length in enumerate(chosen, 1):
                 results.append(_try(run, prompts, expected, length))

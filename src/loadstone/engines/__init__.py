@@ -1,0 +1,95 @@
+"""Engines: ways to run a model. The table says which there are; nothing heavy is imported before one is started."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import LoadstoneError
+from . import probes
+from .protocol import Cache, Engine, EngineMissingError
+
+if TYPE_CHECKING:
+    from ..model import GPT
+
+__all__ = [
+    "DEFAULT",
+    "ENGINES",
+    "Cache",
+    "Engine",
+    "EngineMissingError",
+    "Kind",
+    "engine_of",
+    "require_engine",
+    "start_engine",
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An entry of the table.
+
+    Attributes:
+        about: what it is, in one line.
+        home: `module:Class` in this package; the class is called with a model.
+        missing: why it cannot run on this machine, and what to do about it; empty if it can. Imports nothing heavy.
+        devices: where it runs; empty means wherever torch does.
+        dtypes: what it computes in; empty means whatever torch does.
+    """
+
+    about: str
+    home: str
+    missing: Callable[[], str] = lambda: ""
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+DEFAULT = "torch"
+ENGINES: dict[str, Kind] = {
+    "torch": Kind("the model as it is written, operation by operation; everything works", "eager:TorchEngine"),
+    "compile": Kind(
+        "torch.compile with static shapes: warms up for a minute or so, then runs faster", "compiled:CompileEngine",
+        probes.compiler,
+    ),
+    "max": Kind(
+        "Modular's MAX: one graph, compiled once per model shape and cached on disk", "max_engine:MaxEngine",
+        probes.max_package, ("cpu",), ("float32",),
+    ),
+}  # fmt: skip
+
+
+def engine_of(model: GPT | Engine) -> Engine:
+    """An engine as it is; a model with the engine `torch`."""
+    if isinstance(model, Engine):
+        return model
+    from .eager import TorchEngine
+
+    return TorchEngine(model)
+
+
+def require_engine(name: str, device: str = "cpu", dtype: str = "auto") -> Kind:
+    """The table's entry. Raises LoadstoneError for a name that is not there and for what the engine cannot do here."""
+    kind = ENGINES.get(name)
+    if kind is None:
+        raise LoadstoneError(f"no engine is called {name!r}; known: {', '.join(ENGINES)} (`loadstone engines`).")
+    if reason := kind.missing():
+        raise EngineMissingError(f"engine {name}: {reason} Without it, --engine {DEFAULT} runs every model.")
+    if kind.devices and device not in kind.devices:
+        raise LoadstoneError(f"engine {name} runs on {' and '.join(kind.devices)} only; device {device} was asked for.")
+    if kind.dtypes and dtype not in ("auto", *kind.dtypes):
+        raise LoadstoneError(
+            f"engine {name} computes in {' and '.join(kind.dtypes)} only, and {dtype} was asked for: load the model "
+            f"with --dtype {kind.dtypes[0]} (dtype={kind.dtypes[0]!r})."
+        )
+    return kind
+
+
+def start_engine(name: str, model: GPT) -> Engine:
+    """The model on an engine. Raises LoadstoneError if that is missing, or cannot run this model."""
+    weight = model.tok_emb.weight
+    kind = require_engine(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
+    module, _, attribute = kind.home.partition(":")
+    started: Engine = getattr(importlib.import_module(f".{module}", __name__), attribute)(model)
+    return started
