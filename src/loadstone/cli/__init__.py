@@ -15,7 +15,7 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, run, train, write
+from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, prune, quantize, run, train, write
 from .options import spread
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
     *(run.generate, run.chat, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
+    *(quantize.quantize, prune.prune),
 )
 for _verb in VERBS:
     app.command()(spread(_verb))

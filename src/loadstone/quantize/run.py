@@ -83,11 +83,17 @@ class UnitReport:
 
     name: str
     shape: tuple[int, int]
+    bits: int
     type: str
     nbytes: int
     weight_error: float
     output_error: float | None = None
     losses: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """The estimate for the bits that it has; 0 for float16."""
+        return self.losses.get(self.bits, 0.0) if self.losses else None
 
 
 @dataclass
@@ -232,7 +238,7 @@ class _Rounding:
         wrong, whole, wrong_out, whole_out = torch.stack(self.squares[name]).sum(0).tolist()
         bits = self.bits[name]
         return UnitReport(
-            name, unit.shape, "F16" if bits == HALF else BY_BITS[bits].name, unit.nbytes(bits),
+            name, unit.shape, bits, "F16" if bits == HALF else BY_BITS[bits].name, unit.nbytes(bits),
             _relative(wrong, whole) or 0.0, _relative(wrong_out, whole_out), losses,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..certificate import Recorder
+from ..checkpoint import open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..checkpoint.base import Array, Checkpoint
 from ..checkpoint.wording import few
@@ -24,6 +25,7 @@ from ..errors import LoadstoneError, SourceError
 from ..layouts import LAYOUTS, Job
 from ..load import load_model, open_source
 from ..model import GPT
+from ..tokenizer.export import tokenizer_files
 from ..weightmap import Translated, apply, parameter_shapes, table_for
 from .blocks import encode
 from .grid import as_numpy
@@ -55,6 +57,8 @@ def write_quantised(
     with destination_for(path, layout, layout.nbytes(job) + HEADROOM) as places:
         certificate = fill(path, places, job, translated, "gguf")
         _require_same(places[0], model)
+        if tokenizer and "tokenizer.ggml.tokens" not in open_checkpoint(places[0]).metadata:
+            _write_tokenizer(tokenizer, folder)
     with atomic_file(folder / REPORT) as temporary:
         temporary.write_text(json.dumps({**report, "remarks": certificate["remarks"]}, indent=2, allow_nan=False) + "\n")
     return certificate
@@ -67,6 +71,13 @@ def require_place(folder: Path, source: Checkpoint, *, force: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise SourceError(f"{folder}: other things lie there. Name a new folder.")
     may_replace(folder / FILE, source, LAYOUTS["gguf"], force)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Beside a file that cannot hold it: our commands find it there."""
+    for name, content in tokenizer_files(tokenizer, "hf").items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @torch.no_grad()

@@ -1,0 +1,65 @@
+"""The sensitivity map: what the model would lose if one tensor alone had 4, 5 or 8 bits, and what each tensor got."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from .quantised import Sensitivity
+from .style import new_figure, plain, round_numbers, shortened, styled
+
+_LABELLED, _ROW, _TALLEST = 40, 0.2, 13.0  # rows up to which each is named; inches
+_LEAST = 1e-12  # smaller losses have the colour of this one
+_CELLS = 2000  # from which the SVG holds the map as pixels
+
+
+@styled()
+def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
+    """A panel for each number of bits, on one logarithmic scale; a dot is on what was written."""
+    height = min(_TALLEST, max(3.4, 2.0 + _ROW * len(found.rows)))
+    figure = new_figure(max(6.5, 1.6 + 0.34 * len(found.columns) * len(found.bits) + 1.2), height)
+    panels: list[Axes] = list(figure.subplots(1, len(found.bits), sharey=True, squeeze=False)[0])
+    cells = np.maximum(found.losses, _LEAST)
+    norm = LogNorm(*_limits(cells))
+    mesh: QuadMesh | None = None
+    for axes, bits, losses in zip(panels, found.bits, cells, strict=True):
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(losses), norm=norm, cmap="cividis_r", rasterized=losses.size > _CELLS
+        )
+        rows, columns = np.nonzero(found.chosen == bits)
+        axes.plot(columns + 0.5, rows + 0.5, "o", color="white", markeredgecolor="black", markersize=4, linestyle="")
+        axes.set_title(f"{bits} bits")
+        axes.set_xticks(np.arange(len(found.columns)) + 0.5, found.columns, rotation=60, ha="right", fontsize=8)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+    _name_rows(panels[0], found)
+    dot = Line2D([], [], marker="o", color="white", markeredgecolor="black", markersize=4, label="what was written")
+    figure.legend(handles=[dot], loc="outside lower center")
+    figure.suptitle(f"Sensitivity of {shortened(name)}", x=0.02, ha="left", fontsize=11)
+    if mesh is not None:
+        bar = figure.colorbar(mesh, ax=panels, pad=0.02, label="estimated loss of this tensor alone, nats per token")
+        bar.ax.yaxis.set_major_locator(FixedLocator(round_numbers(*norm_limits(norm))))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.yaxis.set_major_formatter(plain(3))
+    return figure
+
+
+def norm_limits(norm: LogNorm) -> tuple[float, float]:
+    return float(norm.vmin or _LEAST), float(norm.vmax or 1.0)
+
+
+def _limits(cells: np.ndarray) -> tuple[float, float]:  # type: ignore[type-arg]
+    low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
+    return (low, high) if low < high else (low / 2, high * 2)
+
+
+def _name_rows(axes: Axes, found: Sensitivity) -> None:
+    every = 1 if len(found.rows) <= _LABELLED else -(-len(found.rows) // 20)
+    named = [i for i, row in enumerate(found.rows) if i % every == 0 or not row.startswith("block ")]
+    axes.set_yticks([i + 0.5 for i in named], [shortened(found.rows[i], 24) for i in named], fontsize=8)
+    axes.set_ylim(len(found.rows), 0)
