@@ -32,11 +32,14 @@ def quantize(
         int | None,
         typer.Option(help="4, 5 or 8, of the linear layers. By itself 8; with a budget 4, and this is the fewest."),
     ] = None,
+    minimum: Annotated[
+        bool, typer.Option("--minimum", help="4 bits with a minimum beside each scale (Q4_1): 5 bits per weight.")
+    ] = False,
     group: Annotated[int, typer.Option(help="Weights that share a scale: 32, as GGUF's blocks have it.")] = 32,
     method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq (calibrated).")] = "rtn",
-    embedding_bits: Annotated[
-        int, typer.Option(help="4, 5, 8 or 16, of the token embedding (a tied head is the same matrix) and the head.")
-    ] = 8,
+    embedding: Annotated[
+        str, typer.Option(help="q8_0, q5_0, q4_1, q4_0 or f16: the token embedding (a tied head is the same) and the head.")
+    ] = "q8_0",
     budget_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes of all matrices (80MB): bits go where they help.")
     ] = None,
@@ -59,7 +62,7 @@ def quantize(
     from ..quantize.write import require_place, write_quantised
 
     size = None if budget_size is None else parse_size(budget_size, "--budget-size")
-    settings = Settings(bits, method, embedding_bits, size, budget_loss)
+    settings = Settings(_type(bits, minimum), method, embedding.upper(), size, budget_loss)
     identity, model, tokenizer = options.load_float32(source)
     units_of(identity.config)  # an architecture that GGUF has no names for is refused here
     require_place(destination, identity.checkpoint, force=force)
@@ -78,6 +81,16 @@ def quantize(
         return
     for label, line in _lines(destination, done, change, report["remarks"]):
         print(f"{label:<11} {visible(line)}")
+
+
+def _type(bits: int | None, minimum: bool) -> str | None:
+    """GGUF's type. Raises LoadstoneError for bits that there are not."""
+    known = {(None, False): None, (None, True): "Q4_1", (4, True): "Q4_1", (4, False): "Q4_0"}
+    known |= {(5, False): "Q5_0", (8, False): "Q8_0"}
+    if (bits, minimum) not in known:
+        asked = f"--bits {bits}" + (" --minimum" if minimum else "")
+        raise LoadstoneError(f"{asked}: there are 4, 5 and 8 bits, and --minimum goes with 4.")
+    return known[bits, minimum]
 
 
 def _lines(destination: Path, done: Quantised, change: Change, remarks: list[str]) -> Iterator[tuple[str, str]]:

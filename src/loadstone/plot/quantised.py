@@ -1,4 +1,4 @@
-"""`read_sensitivity`: quantize.json's estimates of what each tensor loses with so many bits, as arrays."""
+"""`read_sensitivity`: quantize.json's estimates of what each tensor loses in each type, as arrays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import FormatError
 from .extension import Array
 
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)\.weight")
 _LARGEST = 1e30
+Unit = tuple[str, str, dict[str, float]]  # name, type, type -> loss
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class Sensitivity:
     Attributes:
         rows: what the map's rows are called, from the model's top to its bottom: `block 0`, or a tensor by itself.
         columns: the kinds of tensors in a block.
-        bits: [P] what was tried, from the fewest on.
+        types: [P] what was tried, from the smallest on.
         losses: [P, rows, columns]; NaN where there is no such tensor. A tensor by itself fills its row.
-        chosen: [rows, columns] bits that it got; 0 where there is no such tensor.
+        chosen: [rows, columns] index of the type that it got; -1 where there is no such tensor, or it is another.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    bits: tuple[int, ...]
+    types: tuple[str, ...]
     losses: Array
-    chosen: Array
+    chosen: NDArray[np.intp]
 
 
 def read_sensitivity(path: Path) -> Sensitivity | None:
@@ -52,15 +54,15 @@ def read_sensitivity(path: Path) -> Sensitivity | None:
         raise FormatError(path, problem, "Quantise once more.") from None
 
 
-def _unit(values: Any) -> tuple[str, int, dict[int, float]]:
-    """(name, bits, losses); raises ValueError and its like for anything unexpected."""
-    losses = {int(bits): float(loss) for bits, loss in values["losses"].items()}
+def _unit(values: Any) -> Unit:
+    """(name, type, losses); raises ValueError and its like for anything unexpected."""
+    losses = {str(kind): float(loss) for kind, loss in values["losses"].items()}
     if not all(math.isfinite(loss) and 0 <= loss < _LARGEST for loss in losses.values()):
         raise ValueError("expected losses of 0 or more")
-    return str(values["name"]), int(values["bits"]), losses
+    return str(values["name"]), str(values["type"]), losses
 
 
-def _table(units: list[tuple[str, int, dict[int, float]]]) -> Sensitivity | None:
+def _table(units: list[Unit]) -> Sensitivity | None:
     if not units:
         return None
     places = [_place(name) for name, _, _ in units]
@@ -68,16 +70,16 @@ def _table(units: list[tuple[str, int, dict[int, float]]]) -> Sensitivity | None
     alone = [row for row, _ in places if isinstance(row, str)]
     order: list[int | str] = [*alone[:1], *numbers, *alone[1:]]  # the embedding, the blocks, an untied head
     columns = list(dict.fromkeys(column for _, column in places if column)) or [""]
-    bits = sorted({tried for _, _, losses in units for tried in losses})
-    losses = np.full((len(bits), len(order), len(columns)), np.nan)
-    chosen = np.zeros((len(order), len(columns)))
+    types = tuple(dict.fromkeys(tried for _, _, losses in units for tried in losses))
+    losses = np.full((len(types), len(order), len(columns)), np.nan)
+    chosen = np.full((len(order), len(columns)), -1)
     for (row, column), (_, got, found) in zip(places, units, strict=True):
         cells = columns.index(column) if column else slice(None)
-        chosen[order.index(row), cells] = got
+        chosen[order.index(row), cells] = types.index(got) if got in types else -1
         for tried, loss in found.items():
-            losses[bits.index(tried), order.index(row), cells] = loss
+            losses[types.index(tried), order.index(row), cells] = loss
     names = tuple(f"block {row}" if isinstance(row, int) else row for row in order)
-    return Sensitivity(names, tuple(columns), tuple(bits), losses, chosen)
+    return Sensitivity(names, tuple(columns), types, losses, chosen)
 
 
 def _place(name: str) -> tuple[int | str, str]:

@@ -1,4 +1,4 @@
-"""The sensitivity map: what the model would lose if one tensor alone had 4, 5 or 8 bits, and what each tensor got."""
+"""The sensitivity map: what the model would lose if one tensor alone were of a type, and which each tensor got."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _CELLS = 2000  # from which the SVG holds the map as pixels
 
 @styled()
 def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
-    """A panel for each number of bits, on one logarithmic scale; a dot is on what was written."""
-    height = min(_TALLEST, max(3.4, 2.0 + _ROW * len(found.rows)))
-    figure = new_figure(max(6.5, 1.6 + 0.34 * len(found.columns) * len(found.bits) + 1.2), height)
-    panels: list[Axes] = list(figure.subplots(1, len(found.bits), sharey=True, squeeze=False)[0])
+    """A panel for each type, on one logarithmic scale; a dot is on what was written."""
+    height = min(_TALLEST, max(3.6, 2.0 + _ROW * len(found.rows)))
+    figure = new_figure(max(6.5, 1.6 + 0.34 * len(found.columns) * len(found.types) + 1.2), height)
+    panels: list[Axes] = list(figure.subplots(1, len(found.types), sharey=True, squeeze=False)[0])
     cells = np.maximum(found.losses, _LEAST)
     norm = LogNorm(*_limits(cells))
     mesh: QuadMesh | None = None
-    for axes, bits, losses in zip(panels, found.bits, cells, strict=True):
+    for number, (axes, losses) in enumerate(zip(panels, cells, strict=True)):
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(losses), norm=norm, cmap="cividis_r", rasterized=losses.size > _CELLS
         )
-        rows, columns = np.nonzero(found.chosen == bits)
+        rows, columns = np.nonzero(found.chosen == number)
         axes.plot(columns + 0.5, rows + 0.5, "o", color="white", markeredgecolor="black", markersize=4, linestyle="")
-        axes.set_title(f"{bits} bits")
+        axes.set_title(found.types[number])
         axes.set_xticks(np.arange(len(found.columns)) + 0.5, found.columns, rotation=60, ha="right", fontsize=8)
         axes.grid(visible=False)
         axes.tick_params(length=0)
     _name_rows(panels[0], found)
     dot = Line2D([], [], marker="o", color="white", markeredgecolor="black", markersize=4, label="what was written")
     figure.legend(handles=[dot], loc="outside lower center")
-    figure.suptitle(f"Sensitivity of {shortened(name)}", x=0.02, ha="left", fontsize=11)
+    figure.suptitle(f"What each tensor of {shortened(name)} would lose alone, by type", x=0.02, ha="left", fontsize=11)
     if mesh is not None:
-        bar = figure.colorbar(mesh, ax=panels, pad=0.02, label="estimated loss of this tensor alone, nats per token")
+        bar = figure.colorbar(mesh, ax=panels, pad=0.02, label="estimated loss, nats per token")
         bar.ax.yaxis.set_major_locator(FixedLocator(round_numbers(*norm_limits(norm))))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.ax.yaxis.set_major_formatter(plain(3))

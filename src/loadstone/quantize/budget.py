@@ -1,4 +1,4 @@
-"""Mixed precision: which tensor gets how many bits, under a budget of bytes or of loss.
+"""Mixed precision: which tensor gets which type, under a budget of bytes or of loss.
 
 Every tensor has a few choices (bytes, estimated loss). What is best for some budget lies on the convex hull of these, so
 the steps along all hulls are taken in the order of what they gain per byte: the optimum of the problem in which a tensor
@@ -16,7 +16,7 @@ from ..errors import LoadstoneError
 class Choice(NamedTuple):
     """One way to store a tensor."""
 
-    bits: int
+    type: str
     nbytes: int
     loss: float
 
@@ -30,21 +30,21 @@ class _Step(NamedTuple):
 
 def choose(
     units: Mapping[str, list[Choice]], *, most_bytes: int | None = None, most_loss: float | None = None
-) -> dict[str, int]:
-    """Unit -> bits, beginning with the fewest and adding where it helps most.
+) -> dict[str, str]:
+    """Unit -> type, beginning with the smallest and adding where it helps most.
 
     Args:
         most_bytes: of all units together; None: any.
         most_loss: stop as soon as the estimated loss of all units together is not above; None: go on.
 
-    Raises LoadstoneError if even the fewest bytes, or the least loss, break the budget.
+    Raises LoadstoneError if even the smallest types, or the least loss, break the budget.
     """
     chosen = {unit: min(choices, key=lambda choice: choice.nbytes) for unit, choices in units.items()}
     nbytes, loss = (sum(getattr(choice, what) for choice in chosen.values()) for what in ("nbytes", "loss"))
     if most_bytes is not None and nbytes > most_bytes:
         raise LoadstoneError(
-            f"--budget-size: {most_bytes:,} bytes are too few; with the fewest bits everywhere these tensors take "
-            f"{nbytes:,}. Allow more, or fewer bits for the embeddings (--embedding-bits)."
+            f"--budget-size: {most_bytes:,} bytes are too few; in the smallest type these tensors take "
+            f"{nbytes:,}. Allow more, or a smaller type for the embeddings (--embedding)."
         )
     for step in sorted(_steps(units), reverse=True):
         if most_loss is not None and loss <= most_loss:
@@ -57,10 +57,10 @@ def choose(
         nbytes, loss = nbytes + more, loss + step.after.loss - step.before.loss
     if most_loss is not None and loss > most_loss:
         raise LoadstoneError(
-            f"--budget-loss: an estimated {loss:.2g} nats per token are lost even with the most bits everywhere, and "
+            f"--budget-loss: an estimated {loss:.2g} nats per token are lost even in the largest type, and "
             f"{most_loss:g} are allowed. Allow more."
         )
-    return {unit: choice.bits for unit, choice in chosen.items()}
+    return {unit: choice.type for unit, choice in chosen.items()}
 
 
 def _steps(units: Mapping[str, list[Choice]]) -> list[_Step]:

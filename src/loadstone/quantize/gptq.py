@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LoadstoneError
 from .blocks import SIZE, BlockType
-from .grid import Rounded, best_scales, codes_of
+from .grid import Grid, Rounded, best_grid
 
 COLUMNS = 128  # inputs whose errors are passed on among themselves first, and to the rest in one product
 DAMPING = 0.01  # of the mean of the diagonal, added to it
@@ -28,6 +28,9 @@ _ATTEMPTS = 6  # each with ten times the damping
 def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
     """The codes and scales of a matrix.
 
+    The grid of a block is chosen when its first input is due, from the weights as they then are, by the errors that
+    count: one at input k costs (error / upper[k, k])^2.
+
     Args:
         weight_MK: K a multiple of 32.
         gram_KK: sum (or mean) of x x^T over the inputs x that the layer saw.
@@ -36,22 +39,23 @@ def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
     """
     left = weight_MK.float().clone()  # the weights, with the errors of the inputs before them passed on
     upper_KK = inverse_factor(gram_KK)
-    importance_K = gram_KK.diagonal().float()
+    importance_K = upper_KK.diagonal() ** -2
     M, K = left.shape
-    codes, scales = torch.empty(M, K), torch.empty(M, K // SIZE)
+    codes, grids = torch.empty(M, K), []
     for start in range(0, K, COLUMNS):
         stop = min(start + COLUMNS, K)
         errors = torch.empty(M, stop - start)
         for k in range(start, stop):
             if k % SIZE == 0:
                 group = slice(k, k + SIZE)
-                scales[:, k // SIZE] = best_scales(left[:, group], kind, importance_K[group])
-            scale = scales[:, k // SIZE]
-            codes[:, k] = codes_of(left[:, k, None], scale, kind)[:, 0]
-            errors[:, k - start] = (left[:, k] - scale * codes[:, k]) / upper_KK[k, k]
+                grids.append(best_grid(left[:, group], kind, importance_K[group]))
+            codes[:, k : k + 1] = grids[-1].codes(left[:, k : k + 1], kind)
+            values = grids[-1].values(codes[:, k : k + 1])[:, 0]
+            errors[:, k - start] = (left[:, k] - values) / upper_KK[k, k]
             left[:, k + 1 : stop] -= torch.outer(errors[:, k - start], upper_KK[k, k + 1 : stop])
         left[:, stop:] -= errors @ upper_KK[start:stop, stop:]
-    return Rounded(kind, codes.to(torch.int8).unflatten(1, (-1, SIZE)), scales.half())
+    grid = Grid(*(torch.stack(parts, dim=1) for parts in zip(*grids, strict=True)))
+    return Rounded(kind, codes.to(torch.int8).unflatten(1, (-1, SIZE)), grid)
 
 
 def inverse_factor(gram_KK: Tensor) -> Tensor:

@@ -1,68 +1,99 @@
-"""A scale for each block of 32 weights, and the codes nearest to them.
+"""A scale (and a minimum) for each block of 32 weights, and the codes nearest to them.
 
 Shapes: M rows (outputs), K inputs, G = K/32 blocks of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import SIZE, BlockType, decode
+from .blocks import SIZE, BlockType, Bytes, decode, encode
 
 # Scales that are tried, relative to the one at which the largest weight of a block just fits. Cutting off a lone large
 # weight makes the others finer; above 1 nothing is gained but where float16 rounds the scale.
 SHRUNK = tuple(1.02 - 0.02 * step for step in range(20))
+CUT = (0.0, 0.03, 0.07, 0.12, 0.18)  # with a minimum: shares of the range that are cut off at either end
 _LARGEST = 65504.0  # float16's
 
 
+class Grid(NamedTuple):
+    """Scales and minima [...], float32 values that float16 holds."""
+
+    scales: Tensor
+    minima: Tensor
+
+    def codes(self, blocks: Tensor, kind: BlockType) -> Tensor:
+        """The nearest codes of [..., 32], as floats; 0 where the scale is 0 (the weights are alike, or too small)."""
+        inverse = torch.where(self.scales == 0, 0.0, 1.0 / self.scales)
+        return ((blocks - self.minima[..., None]) * inverse[..., None]).round_().clamp_(kind.low, kind.high)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return codes * self.scales[..., None] + self.minima[..., None]
+
+
 class Rounded(NamedTuple):
-    """A matrix on the grid of a block type: codes [M, G, 32], int8, and scales [M, G], float16 (in torch)."""
+    """A matrix on the grid of a block type: codes [M, G, 32], int8, and its scales and minima [M, G]."""
 
     kind: BlockType
     codes: Tensor
-    scales: Tensor
+    grid: Grid
 
     def values(self) -> Tensor:
         """[M, K] float32: exactly what a reader of the file computes."""
-        return torch.from_numpy(decode(self.codes.numpy(), self.scales.numpy()))
+        return torch.from_numpy(decode(self.codes.numpy(), *self._floats()))
+
+    def blocks(self) -> Bytes:
+        """[M, bytes of a row], as the file has them."""
+        return encode(self.kind, self.codes.numpy(), *self._floats())
+
+    def _floats(self):  # type: ignore[no-untyped-def]
+        return [each.half().numpy() for each in (self.grid if self.kind.minimum else self.grid[:1])]
 
 
 @torch.no_grad()
-def nearest(weight_MK: Tensor, kind: BlockType, importance_K: Tensor | None = None) -> Rounded:
-    """Round to nearest. The scales are those of least squared error, weighted by the importance of each input."""
+def nearest(weight_MK: Tensor, kind: BlockType) -> Rounded:
+    """Round to nearest, with the scales of least squared error."""
     blocks_MG32 = weight_MK.float().unflatten(1, (-1, SIZE))
-    weights = None if importance_K is None else importance_K.view(-1, SIZE)
-    scales_MG = best_scales(blocks_MG32, kind, weights)
-    return Rounded(kind, codes_of(blocks_MG32, scales_MG, kind).to(torch.int8), scales_MG.half())
+    grid = best_grid(blocks_MG32, kind)
+    return Rounded(kind, grid.codes(blocks_MG32, kind).to(torch.int8), grid)
 
 
-def best_scales(blocks: Tensor, kind: BlockType, importance: Tensor | None = None) -> Tensor:
-    """[..., 32] -> [...]: float32 values that float16 holds. Zero for a block of zeros.
-
-    A scale may be negative: the codes go one step further below zero than above, and the largest weight takes it.
-    """
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    fitting = [extreme / kind.low, extreme / kind.high] if kind.low + kind.high else [extreme.abs() / kind.high]
-    factors = SHRUNK if kind.bits < 8 else (1.0,)
-    best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
-    for scale in (each * factor for each in fitting for factor in factors):
-        scale = scale.clamp(-_LARGEST, _LARGEST).half().float()
-        squared = (codes_of(blocks, scale, kind) * scale[..., None] - blocks).square_()
+def best_grid(blocks: Tensor, kind: BlockType, importance: Tensor | None = None) -> Grid:
+    """[..., 32] -> the grids of least squared error among those tried, weighted by the importance of each input."""
+    best, least = None, None
+    for grid in _minimum_grids(blocks, kind) if kind.minimum else _symmetric_grids(blocks, kind):
+        squared = grid.values(grid.codes(blocks, kind)).sub_(blocks).square_()
         error = (squared if importance is None else squared.mul_(importance)).sum(-1)
+        if best is None or least is None:
+            best, least = grid, error
+            continue
         better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
+        least = torch.where(better, error, least)
+    assert best is not None
     return best
 
 
-def codes_of(blocks: Tensor, scales: Tensor, kind: BlockType) -> Tensor:
-    """The nearest codes, as floats; 0 where the scale is 0 (all weights are too small for float16's)."""
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    return (blocks * inverse[..., None]).round_().clamp_(kind.low, kind.high)
+def _symmetric_grids(blocks: Tensor, kind: BlockType) -> Iterator[Grid]:
+    """A scale may be negative: the codes go one step further below zero than above, and the largest weight takes it."""
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+    fitting = [extreme / kind.low, extreme / kind.high] if kind.low + kind.high else [extreme.abs() / kind.high]
+    for scale in fitting:
+        for factor in SHRUNK if kind.bits < 8 else (1.0,):
+            yield Grid(_half(scale * factor), torch.zeros_like(scale))
 
 
-def as_numpy(rounded: Rounded) -> tuple[np.ndarray, np.ndarray]:
-    return rounded.codes.numpy(), rounded.scales.numpy()
+def _minimum_grids(blocks: Tensor, kind: BlockType) -> Iterator[Grid]:
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    span = high - low
+    for below in CUT:
+        for above in CUT:
+            yield Grid(_half(span * (1 - below - above) / kind.high), _half(low + span * below))
+
+
+def _half(values: Tensor) -> Tensor:
+    return values.clamp(-_LARGEST, _LARGEST).half().float()

@@ -17,7 +17,7 @@ from ..calibrate.rows import Rows
 from ..calibrate.walk import Stage, walk
 from ..errors import LoadstoneError
 from ..model import GPT
-from .blocks import BY_BITS
+from .blocks import TYPES
 from .budget import Choice, choose
 from .gptq import gptq
 from .grid import Rounded, nearest
@@ -33,26 +33,23 @@ class Settings:
     """What is asked for.
 
     Attributes:
-        bits: of the linear layers; with a budget the fewest. None: 8, or 4 with a budget.
+        type: of the linear layers, one of TYPES; with a budget the smallest. None: Q8_0, or Q4_0 with a budget.
         method: `rtn` (round to nearest) or `gptq`.
-        embedding_bits: of token embedding and head; 16: float16.
+        embedding: type of the token embedding and the head; F16: float16.
         budget_size: most bytes of all matrices; `budget_loss`: most nats per token that may be lost by estimate.
     """
 
-    bits: int | None = None
+    type: str | None = None
     method: str = "rtn"
-    embedding_bits: int = 8
+    embedding: str = "Q8_0"
     budget_size: int | None = None
     budget_loss: float | None = None
 
     def __post_init__(self) -> None:
         for good, problem in (
-            (self.bits in (None, *BY_BITS), f"--bits {self.bits}: there are {_listed(BY_BITS)}"),
-            (
-                self.embedding_bits in (*BY_BITS, HALF),
-                f"--embedding-bits {self.embedding_bits}: there are {_listed([*BY_BITS, HALF])}",
-            ),
-            (self.method in METHODS, f"--method {self.method!r}: there are {_listed(METHODS)}"),
+            (self.type in (None, *TYPES), f"type {self.type}: there are {', '.join(TYPES)}"),
+            (self.embedding in (*TYPES, HALF), f"type {self.embedding}: there are {', '.join([*TYPES, HALF])}"),
+            (self.method in METHODS, f"--method {self.method!r}: there are {', '.join(METHODS)}"),
             (self.budget_loss is None or self.budget_loss > 0, "--budget-loss must be above 0, in nats per token"),
         ):
             if not good:
@@ -67,8 +64,8 @@ class Settings:
         return self.with_budget or self.method == "gptq"
 
     @property
-    def fewest(self) -> int:
-        return self.bits or (4 if self.with_budget else 8)
+    def smallest(self) -> str:
+        return self.type or ("Q4_0" if self.with_budget else "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -78,22 +75,21 @@ class UnitReport:
     Attributes:
         weight_error: |Q - W| / |W|, Frobenius.
         output_error: |(Q - W) X| / |W X| for the inputs X of the calibration rows; None without, and for embeddings.
-        losses: bits -> estimated nats per token lost if this matrix alone were rounded to nearest with so many.
+        losses: type -> estimated nats per token lost if this matrix alone were rounded to nearest in it.
     """
 
     name: str
     shape: tuple[int, int]
-    bits: int
     type: str
     nbytes: int
     weight_error: float
     output_error: float | None = None
-    losses: Mapping[int, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
-        """The estimate for the bits that it has; 0 for float16."""
-        return self.losses.get(self.bits, 0.0) if self.losses else None
+        """The estimate for the type that it has; 0 for float16."""
+        return self.losses.get(self.type, 0.0) if self.losses else None
 
 
 @dataclass
@@ -135,16 +131,16 @@ def quantize(model: GPT, settings: Settings, rows: Rows | None = None, progress:
         raise LoadstoneError("gptq and budgets need text to calibrate on (--calibration).")
     units = units_of(model.config)
     losses = _estimated(model, units, settings, rows, progress) if rows else {}
-    bits = _chosen(units, settings, losses)
-    return _Rounding(model, units, bits, settings, progress).run(rows, losses)
+    types = _chosen(units, settings, losses)
+    return _Rounding(model, units, types, settings, progress).run(rows, losses)
 
 
 def _estimated(
     model: GPT, units: Mapping[str, Unit], settings: Settings, rows: Rows, progress: Progress | None
-) -> dict[str, dict[int, float]]:
-    """Unit -> bits -> loss; of a fused tensor the sum of its parts'."""
+) -> dict[str, dict[str, float]]:
+    """Unit -> type -> loss; of a fused tensor the sum of its parts'."""
     candidates = {
-        name: {bits: nearest(model.get_parameter(name), kind) for bits, kind in BY_BITS.items()}
+        name: {kind.name: nearest(model.get_parameter(name), kind) for kind in TYPES.values()}
         for unit in units.values()
         for name in (unit.parameters if unit.in_blocks else ())
     }
@@ -152,48 +148,49 @@ def _estimated(
         model, candidates, rows.ids, progress=progress and (lambda done, total: progress("measuring", done, total))
     )
     return {
-        name: {bits: sum(found[part][bits] for part in unit.parameters) for bits in BY_BITS}
+        name: {kind: sum(found[part][kind] for part in unit.parameters) for kind in TYPES}
         for name, unit in units.items()
         if unit.in_blocks
     }
 
 
 def _chosen(
-    units: Mapping[str, Unit], settings: Settings, losses: Mapping[str, Mapping[int, float]]
-) -> dict[str, int]:
-    """Unit -> bits."""
-    bits = {name: settings.embedding_bits if unit.embedding else settings.fewest for name, unit in units.items()}
-    bits |= {name: HALF for name, unit in units.items() if not unit.in_blocks}
+    units: Mapping[str, Unit], settings: Settings, losses: Mapping[str, Mapping[str, float]]
+) -> dict[str, str]:
+    """Unit -> type."""
+    types = {name: settings.embedding if unit.embedding else settings.smallest for name, unit in units.items()}
+    types |= {name: HALF for name, unit in units.items() if not unit.in_blocks}
     if not settings.with_budget:
-        return bits
+        return types
+    allowed = [kind for kind in TYPES.values() if kind.nbytes >= TYPES[settings.smallest].nbytes]
     free = {
-        name: [Choice(n, unit.nbytes(n), losses[name][n]) for n in BY_BITS if n >= settings.fewest]
+        name: [Choice(kind.name, unit.nbytes(kind.name), losses[name][kind.name]) for kind in allowed]
         for name, unit in units.items()
         if unit.in_blocks and not unit.embedding
     }
     fixed = [name for name in units if name not in free]
     size, loss = settings.budget_size, settings.budget_loss
     if size is not None:
-        size -= sum(units[name].nbytes(bits[name]) for name in fixed)
+        size -= sum(units[name].nbytes(types[name]) for name in fixed)
     if loss is not None:
-        loss -= sum(losses[name][bits[name]] for name in fixed if name in losses and bits[name] in BY_BITS)
-    return bits | choose(free, most_bytes=size, most_loss=loss)
+        loss -= sum(losses.get(name, {}).get(types[name], 0.0) for name in fixed)
+    return types | choose(free, most_bytes=size, most_loss=loss)
 
 
 class _Rounding:
     """One run over the matrices, with what is known of each."""
 
     def __init__(
-        self, model: GPT, units: Mapping[str, Unit], bits: Mapping[str, int], settings: Settings,
+        self, model: GPT, units: Mapping[str, Unit], types: Mapping[str, str], settings: Settings,
         progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.model, self.units, self.bits, self.settings, self.progress = model, units, bits, settings, progress
+        self.model, self.units, self.types, self.settings, self.progress = model, units, types, settings, progress
         self.unit_of = {part: unit for unit in units.values() for part in unit.parameters}
         self.rounded: dict[str, Rounded] = {}
         self.halves: list[str] = []
         self.squares: dict[str, list[Tensor]] = {}  # unit -> sums over its parts, see `_note`
 
-    def run(self, rows: Rows | None, losses: Mapping[str, Mapping[int, float]]) -> Quantised:
+    def run(self, rows: Rows | None, losses: Mapping[str, Mapping[str, float]]) -> Quantised:
         # Embeddings first: what the blocks are calibrated on has passed through them.
         for name in [name for name, unit in self.unit_of.items() if unit.embedding]:
             self._round(name)
@@ -214,13 +211,13 @@ class _Rounding:
 
     def _round(self, name: str, gram: Tensor | None = None) -> None:
         weight = self.model.get_parameter(name).detach()
-        bits = self.bits[self.unit_of[name].name]
-        if bits == HALF:
+        kind = self.types[self.unit_of[name].name]
+        if kind == HALF:
             self.halves.append(name)
             values = weight.half().float()
         else:
-            by_gptq = self.settings.method == "gptq" and gram is not None
-            self.rounded[name] = gptq(weight, gram, BY_BITS[bits]) if by_gptq else nearest(weight, BY_BITS[bits])  # type: ignore[arg-type]
+            calibrated = self.settings.method == "gptq" and gram is not None
+            self.rounded[name] = gptq(weight, gram, TYPES[kind]) if calibrated else nearest(weight, TYPES[kind])  # type: ignore[arg-type]
             values = self.rounded[name].values()
         self._note(name, weight, values, gram)
         self.model.get_parameter(name).data = values
@@ -234,18 +231,14 @@ class _Rounding:
         sums += [nan, nan] if gram is None else [((m @ gram) * m).sum() for m in (wrong, weight)]
         self.squares.setdefault(self.unit_of[name].name, []).append(torch.stack(sums).double())
 
-    def _report(self, name: str, unit: Unit, losses: Mapping[int, float]) -> UnitReport:
+    def _report(self, name: str, unit: Unit, losses: Mapping[str, float]) -> UnitReport:
         wrong, whole, wrong_out, whole_out = torch.stack(self.squares[name]).sum(0).tolist()
-        bits = self.bits[name]
+        kind = self.types[name]
         return UnitReport(
-            name, unit.shape, bits, "F16" if bits == HALF else BY_BITS[bits].name, unit.nbytes(bits),
+            name, unit.shape, kind, unit.nbytes(kind),
             _relative(wrong, whole) or 0.0, _relative(wrong_out, whole_out), losses,
         )  # fmt: skip
 
 
 def _relative(part: float, whole: float) -> float | None:
     return (max(part, 0.0) / whole) ** 0.5 if whole > 0 else None
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(map(str, values))

@@ -27,16 +27,16 @@ ROW, ROWS = 128, 32  # tokens of a row, rows: the estimates have a relative erro
 
 def sensitivities(
     model: GPT,
-    candidates: Mapping[str, Mapping[int, Rounded]],
+    candidates: Mapping[str, Mapping[str, Rounded]],
     ids_BT: Tensor,
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, dict[int, float]]:
-    """Parameter -> bits -> estimated KL(model || model with this parameter rounded), nats per token.
+) -> dict[str, dict[str, float]]:
+    """Parameter -> type -> estimated KL(model || model with this parameter rounded), nats per token.
 
     Args:
-        candidates: parameter -> bits -> the rounded matrix.
+        candidates: parameter -> type -> the rounded matrix.
         ids_BT: contexts; cut into rows of at most ROW tokens, of which ROWS are taken.
     """
     rows = _short_rows(ids_BT)
@@ -46,13 +46,13 @@ def sensitivities(
     for done, ids_T in enumerate(rows, 1):
         gradients = _gradients(model, list(parameters.values()), ids_T, generator)
         for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
-            for bits, rounded in candidates[name].items():
+            for kind, rounded in candidates[name].items():
                 moved = float((gradient * (rounded.values() - weight.detach())).sum())
-                sums[name][bits] += moved * moved
+                sums[name][kind] += moved * moved
         if progress:
             progress(done, len(rows))
     count = 2 * rows.shape[0] * rows.shape[1]
-    return {name: {bits: value / count for bits, value in each.items()} for name, each in sums.items()}
+    return {name: {kind: value / count for kind, value in each.items()} for name, each in sums.items()}
 
 
 def _gradients(model: GPT, parameters: list[Tensor], ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:

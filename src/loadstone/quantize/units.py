@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ..config import GPTConfig
 from ..weightmap import parameter_shapes, table_for
-from .blocks import BY_BITS, SIZE
+from .blocks import SIZE, TYPES
 
 EMBEDDINGS = ("tok_emb.weight", "head.weight")
-HALF = 16  # bits of what stays floating point
+HALF = "F16"  # what stays floating point
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Unit:
         """Whether its rows are whole blocks; what is not stays float16, as llama.cpp's converter has it."""
         return self.shape[1] % SIZE == 0
 
-    def nbytes(self, bits: int) -> int:
+    def nbytes(self, kind: str) -> int:
         """In the file."""
         size = math.prod(self.shape)
-        return 2 * size if bits == HALF else size // SIZE * BY_BITS[bits].nbytes
+        return 2 * size if kind == HALF else size // SIZE * TYPES[kind].nbytes
 
 
 def units_of(config: GPTConfig) -> dict[str, Unit]:

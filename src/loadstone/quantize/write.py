@@ -27,8 +27,6 @@ from ..load import load_model, open_source
 from ..model import GPT
 from ..tokenizer.export import tokenizer_files
 from ..weightmap import Translated, apply, parameter_shapes, table_for
-from .blocks import encode
-from .grid import as_numpy
 from .run import Quantised
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ def _job(model: GPT, quantised: Quantised, tokenizer: Tokenizer | None, source: 
     for rule in table.needed(model.config, parameter_shapes(model.config)):
         name, parts = table.written_name(rule), [quantised.rounded.get(target) for target in rule.target]
         if all(parts):
-            blocks = [encode(part.kind, *as_numpy(part)) for part in parts if part]
+            blocks = [part.blocks() for part in parts if part]
             # What moves rows of weights moves rows of blocks: a block lies within a row.
             (encoded[name],) = apply(rule.ops, blocks, model.config, inverse=True)
             types[name] = parts[0].kind.name  # type: ignore[union-attr]
