@@ -25,10 +25,10 @@ def head_scores(attention: Attention, norms_K: Tensor | None) -> Tensor:
     """
     groups, width = attention.n_kv_heads, attention.out.weight.shape[1]
     out = attention.out.weight.square() if norms_K is None else (attention.out.weight * norms_K).square()
-    scores = out.view(-1, groups, width // groups).sum((0, 2))
+    scores = out.unflatten(1, (groups, width // groups)).sum((0, 2))
     if norms_K is None:
         for linear in (attention.q, attention.k, attention.v):
-            scores = scores + linear.weight.square().view(groups, -1).sum(1)
+            scores = scores + linear.weight.square().unflatten(0, (groups, -1)).sum((1, 2))
     return scores
 
 
