@@ -30,7 +30,8 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"plot", "extend", "scratch", "evaluate"},
-    {"chat", "compare"},
+    {"chat", "compare", "calibrate"},
+    {"quantize", "prune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

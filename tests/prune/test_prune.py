@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def test_wanda_spares_a_small_weight_of_a_large_input() -> None:
 
 def test_two_of_four() -> None:
     weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
-    mask = mask_of(weight, 0.5, two_of_four=True).unflatten(1, (-1, 4))
+    mask = mask_of(weight, 0.5, two_of_four=True).reshape(5, -1, 4)
     assert bool((mask.sum(-1) == 2).all())
-    groups = weight.abs().unflatten(1, (-1, 4))
+    groups = weight.abs().reshape(5, -1, 4)
     assert bool((groups.where(mask, 9.0).amin(-1) >= groups.where(~mask, 0.0).amax(-1)).all())
 
 
@@ -143,8 +144,12 @@ def test_without_layers_is_the_others_one_after_the_other() -> None:
 
 def test_what_cannot_be_taken_apart_is_refused() -> None:
     model = hostile(KNOWN)
-    model.blocks[0].attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))  # type: ignore[operator, union-attr]
-    assert isinstance(without_heads(hostile(KNOWN), {0: [0], 1: [1]}), GPT)
+    assert isinstance(without_heads(model, {0: [0], 1: [1]}), GPT)
+    model.get_submodule("blocks.1.attn").register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
+    cuts: list[Callable[[], GPT]] = [lambda: without_heads(model, {0: [0], 1: [1]}), lambda: without_layers(model, [1])]
+    for cut in cuts:
+        with pytest.raises(LoadstoneError, match=r"attn\.sinks: it is of a kind that cannot be taken apart"):
+            cut()
     with pytest.raises(LoadstoneError, match="takes out 0"):
         kept_of([1.0, 2.0], 0.1, "blocks")
     with pytest.raises(LoadstoneError, match="There is only one"):

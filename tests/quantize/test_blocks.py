@@ -83,7 +83,7 @@ def test_nearest_is_nearest_and_finite(weights: Any, kind: BlockType) -> None:
     assert bool(torch.isfinite(values).all())
     assert int(rounded.codes.min()) >= kind.low
     assert int(rounded.codes.max()) <= kind.high
-    blocks, codes = torch.from_numpy(weights).unflatten(1, (-1, SIZE)), rounded.codes.float()
+    blocks, codes = torch.from_numpy(weights).view(2, -1, SIZE), rounded.codes.float()
     wrong = (rounded.grid.values(codes) - blocks).abs()
     for step in (-1, 1):
         other = (rounded.grid.values((codes + step).clamp(kind.low, kind.high)) - blocks).abs()

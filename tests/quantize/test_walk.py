@@ -58,7 +58,7 @@ def test_moments_are_of_what_each_layer_reads(family: str, monkeypatch: pytest.M
         moments, diagonals = stage.moments(), stage.moments(diagonal=True)
         attention = [f"blocks.{stage.index}.attn.{part}" for part in "qkv"]
         assert {moments.leaders[name] for name in attention} == {attention[0]}
-        assert len(moments.grams) == (4 if family == "llama" else 4)  # qkv, out, (gate and) up, down
+        assert len(moments.grams) == 4  # q, k and v; out; up (and gate); down
         for name in stage.linears:
             x = read_by(model, name, ids())
             gram, diagonal = moments.of(name), diagonals.of(name)
@@ -89,7 +89,7 @@ def test_a_layer_that_read_nothing_has_no_moments() -> None:
 
 def test_a_model_that_computes_nan_is_refused() -> None:
     model = hostile(KNOWN)
-    model.blocks[1].mlp.down.weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
+    model.get_parameter("blocks.1.mlp.down.weight").data[0, 0] = torch.nan
     with pytest.raises(LoadstoneError, match="NaN or infinity on the calibration text"):
         next(walk(model, ids()))
 

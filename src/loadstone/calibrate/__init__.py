@@ -1,1 +1,1 @@
-"""What quantisation and pruning share: text to calibrate on, what each layer reads of it, perplexity before and after."""
+"""What quantisation and pruning share: text to calibrate on, what layers read of it, perplexity before and after."""

@@ -112,5 +112,5 @@ def nats(model: GPT, what: Examination, progress: Progress | None = None) -> NDA
 
 def change(before: NDArray[np.float64], after: NDArray[np.float64], what: Examination) -> Change:
     _, low, high = interval_of_mean(blocks(after - before))
-    ends = (None if end is None else float(np.expm1(end)) for end in (low, high))
-    return Change(perplexity(before.mean()), perplexity(after.mean()), len(before), *ends, what.protocol)
+    low, high = (None if end is None else float(np.expm1(end)) for end in (low, high))
+    return Change(perplexity(before.mean()), perplexity(after.mean()), len(before), low, high, what.protocol)

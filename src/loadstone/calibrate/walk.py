@@ -2,8 +2,8 @@
 
 Memory: the hidden states of the calibration rows, once (4 bytes * rows * tokens * width), and the moments of one block.
 
-Why not as others do it: GPTQ's and Wanda's scripts know each family's layers by name and rebuild its masks. Here a block
-is called with what the model itself called it with, and linear layers are found by their type.
+Why not as others do it: GPTQ's and Wanda's scripts know each family's layers by name and rebuild its masks. Here a
+block is called with what the model itself called it with, and linear layers are found by their type.
 
 Shapes: B rows, T tokens, C d_model, K inputs of a layer.
 """
@@ -24,7 +24,7 @@ from ..model import GPT, Linear
 BATCH_TOKENS = 2048  # tokens that are run at once
 
 
-class _Stop(Exception):
+class _StopHereError(Exception):
     pass
 
 
@@ -88,7 +88,7 @@ def walk(model: GPT, rows_BT: Tensor) -> Iterator[Stage]:
     size = max(1, BATCH_TOKENS // rows_BT.shape[1])
     if len(rows_BT) > size:
         rows_BT = rows_BT[: len(rows_BT) // size * size]
-    batches = rows_BT.split(size)
+    batches = torch.split(rows_BT, size)
     calls = _calls(model, batches[0])
     inputs = [_first_input(model, ids_BT) for ids_BT in batches]
     names = {module: name for name, module in model.named_modules()}
@@ -124,12 +124,12 @@ def _first_input(model: GPT, ids_BT: Tensor) -> Tensor:
 
     def stop(block: nn.Module, arguments: tuple[Any, ...]) -> None:
         found.append(arguments[0])
-        raise _Stop
+        raise _StopHereError
 
     handle = model.blocks[0].register_forward_pre_hook(stop)
     try:
         model.hidden(ids_BT)
-    except _Stop:
+    except _StopHereError:
         pass
     finally:
         handle.remove()

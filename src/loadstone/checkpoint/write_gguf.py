@@ -1,6 +1,7 @@
 """Writing GGUF v3: header by the `gguf` package, then one tensor at a time in pieces, so that memory stays small.
 
-The types are those that the package can encode: F32, F16, BF16, Q8_0, Q5_0, Q4_1 and Q4_0. llama-quantize's mixtures need ggml.
+The types are those that the package can encode: F32, F16, BF16, Q8_0, Q5_0, Q4_1 and Q4_0. llama-quantize's mixtures
+need ggml.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ PLAIN: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 )
 # elements, bytes
-BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType({"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18)})
-FILE_TYPES: Mapping[str, int] = MappingProxyType({"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32})  # llama.h
+BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18)}
+)
+FILE_TYPES: Mapping[str, int] = MappingProxyType(
+    {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+)  # llama.h
 KINDS: Mapping[str, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 )
-_STEPS: Mapping[str, int] = MappingProxyType({"Q8_0": 127, "Q5_0": 16, "Q4_1": 1, "Q4_0": 8})  # from 0 to the largest value
+_STEPS: Mapping[str, int] = MappingProxyType(
+    {"Q8_0": 127, "Q5_0": 16, "Q4_1": 1, "Q4_0": 8}
+)  # from 0 to the largest value
 QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
 _LONGEST_NAME = 63  # bytes; ggml keeps names in 64, with a zero behind
 _PIECE = 1 << 20  # elements that are encoded at once

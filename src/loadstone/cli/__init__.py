@@ -15,7 +15,24 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import adapter, classify, compare, diff, eval, extend, fetch, look, plot, prepare, prove, prune, quantize, run, train, write
+from . import (
+    adapter,
+    classify,
+    compare,
+    diff,
+    eval,
+    extend,
+    fetch,
+    look,
+    plot,
+    prepare,
+    prove,
+    prune,
+    quantize,
+    run,
+    train,
+    write,
+)
 from .options import spread
 
 app = typer.Typer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,7 +38,8 @@ def quantize(
     group: Annotated[int, typer.Option(help="Weights that share a scale: 32, as GGUF's blocks have it.")] = 32,
     method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq (calibrated).")] = "rtn",
     embedding: Annotated[
-        str, typer.Option(help="q8_0, q5_0, q4_1, q4_0 or f16: the token embedding (a tied head is the same) and the head.")
+        str,
+        typer.Option(help="q8_0, q5_0, q4_1, q4_0 or f16: the token embedding (a tied head is the same) and the head."),
     ] = "q8_0",
     budget_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes of all matrices (80MB): bits go where they help.")
@@ -52,7 +53,7 @@ def quantize(
 ) -> None:
     """Quantise the weights of SRC, say what each layer lost and the perplexity before and after.
 
-    DST opens like any source (`loadstone generate DST`) and llama.cpp runs its model.gguf. docs/quantize.md has figures.
+    DST opens like any source (`loadstone generate DST`), and llama.cpp runs its model.gguf (docs/quantize.md).
     """
     if group != 32:
         raise LoadstoneError(f"--group {group}: GGUF's blocks are groups of 32, and DST is a GGUF. Leave it out.")

@@ -15,8 +15,8 @@ from ..checkpoint.wording import shown
 from ..errors import LoadstoneError
 from .extension import Extension
 from .loss import loss_figure
-from .reading import EXTENSION, METRICS, QUANTISED, UPDATES, Run, distinct_names, read_run
 from .quantised import Sensitivity
+from .reading import EXTENSION, METRICS, QUANTISED, UPDATES, Run, distinct_names, read_run
 from .schedule import schedule_figure
 from .sensitivity import sensitivity_figure
 from .style import CANVASES, save

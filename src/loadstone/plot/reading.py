@@ -122,8 +122,8 @@ def read_run(folder: Path | str) -> Run:
     if not any((folder / name).exists() for name in (METRICS, UPDATES, EXTENSION, QUANTISED)):
         raise LoadstoneError(
             f"{folder}: this is not the folder of a run: it has neither {METRICS} nor {UPDATES} (`loadstone train` and "
-            f"`loadstone finetune` write them) nor {EXTENSION} (`loadstone extend`) nor {QUANTISED} (`loadstone quantize`). "
-            "Name a folder that has."
+            f"`loadstone finetune` write them) nor {EXTENSION} (`loadstone extend`) nor {QUANTISED} "
+            "(`loadstone quantize`). Name a folder that has."
         )
     metrics = list(_lines(folder / METRICS))
     return Run(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from .extension import Array
 from .quantised import Sensitivity
 from .style import new_figure, plain, round_numbers, shortened, styled
 
@@ -22,10 +23,11 @@ _CELLS = 2000  # from which the SVG holds the map as pixels
 def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
     """A panel for each type, on one logarithmic scale; a dot is on what was written."""
     height = min(_TALLEST, max(3.6, 2.0 + _ROW * len(found.rows)))
-    figure = new_figure(max(6.5, 1.6 + 0.34 * len(found.columns) * len(found.types) + 1.2), height)
+    figure = new_figure(9, height)
     panels: list[Axes] = list(figure.subplots(1, len(found.types), sharey=True, squeeze=False)[0])
     cells = np.maximum(found.losses, _LEAST)
-    norm = LogNorm(*_limits(cells))
+    limits = _limits(cells)
+    norm = LogNorm(*limits)
     mesh: QuadMesh | None = None
     for number, (axes, losses) in enumerate(zip(panels, cells, strict=True)):
         mesh = axes.pcolormesh(
@@ -43,17 +45,13 @@ def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
     figure.suptitle(f"What each tensor of {shortened(name)} would lose alone, by type", x=0.02, ha="left", fontsize=11)
     if mesh is not None:
         bar = figure.colorbar(mesh, ax=panels, pad=0.02, label="estimated loss, nats per token")
-        bar.ax.yaxis.set_major_locator(FixedLocator(round_numbers(*norm_limits(norm))))
+        bar.ax.yaxis.set_major_locator(FixedLocator(round_numbers(*limits)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.ax.yaxis.set_major_formatter(plain(3))
     return figure
 
 
-def norm_limits(norm: LogNorm) -> tuple[float, float]:
-    return float(norm.vmin or _LEAST), float(norm.vmax or 1.0)
-
-
-def _limits(cells: np.ndarray) -> tuple[float, float]:  # type: ignore[type-arg]
+def _limits(cells: Array) -> tuple[float, float]:
     low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
     return (low, high) if low < high else (low / 2, high * 2)
 

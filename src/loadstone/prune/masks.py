@@ -22,7 +22,7 @@ def mask_of(weight_MK: Tensor, sparsity: float, *, norms_K: Tensor | None = None
     """
     scores = weight_MK.abs() if norms_K is None else weight_MK.abs() * norms_K
     if two_of_four:
-        groups = scores.unflatten(1, (-1, 4))
+        groups = scores.reshape(len(scores), -1, 4)
         return _largest(groups, 2).flatten(1)
     compared = scores.flatten()[None] if norms_K is None else scores
     count = compared.shape[1]

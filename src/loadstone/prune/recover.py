@@ -1,12 +1,12 @@
 """Recovery: a short fine-tune of a pruned model through the training loop, in which what is zero stays zero.
 
-A hook on each pruned matrix sets the gradients of its zeros to zero. AdamW then has nothing to move them by (its moments
-stay zero, and decay of 0 is 0), so no step needs to be undone, and the optimizer is the one that every run has.
+A hook on each pruned matrix sets the gradients of its zeros to zero. AdamW then has nothing to move them by (its
+moments stay zero, and decay of 0 is 0), so no step needs to be undone, and the optimizer is the one of every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +49,7 @@ def recover(
         dataset = text_data(DataRequest(sources=tuple(sources), validation=0.0), Path(folder), tokenizer)
         dataset.require_fits(model.config.vocab_size)
         material = language(dataset, settings)
-        for name, parameter in list(model.named_parameters()):  # memory of its own, row by row
+        for parameter in model.parameters():  # memory of its own, row by row
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
         keep_freed_memory()
         speed_up(model)
@@ -66,10 +66,10 @@ def recover(
 def holding_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Meanwhile gradients of what is masked out are zero."""
 
-    def hook(mask: Tensor):  # type: ignore[no-untyped-def]
+    def hook(mask: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda gradient: gradient.masked_fill(~mask, 0.0)
 
-    handles = [model.get_parameter(name).register_hook(hook(mask)) for name, mask in masks.items()]
+    handles = [model.get_parameter(name).register_hook(hook(mask)) for name, mask in masks.items()]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -116,7 +116,9 @@ def _weights(found: Pruned, ids: Tensor, progress: Progress | None) -> None:
 def _zero(found: Pruned, name: str, linear: Linear, moments: Moments | None) -> None:
     weight, two_of_four = linear.weight, found.settings.structure == "2:4"
     if two_of_four and weight.shape[1] % 4:
-        raise LoadstoneError(f"{name}: it has {weight.shape[1]} inputs, which are no whole fours. Use --structure none.")
+        raise LoadstoneError(
+            f"{name}: it has {weight.shape[1]} inputs, which are no whole fours. Use --structure none."
+        )
     diagonal = None if moments is None else moments.of(name)
     norms = None if diagonal is None else diagonal.sqrt()
     mask = mask_of(weight, found.settings.sparsity, norms_K=norms, two_of_four=two_of_four)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.walk import Stage
+from ..config import GPTConfig
 from ..errors import LoadstoneError
 from ..model import GPT, Attention
 
@@ -25,10 +26,10 @@ def head_scores(attention: Attention, norms_K: Tensor | None) -> Tensor:
     """
     groups, width = attention.n_kv_heads, attention.out.weight.shape[1]
     out = attention.out.weight.square() if norms_K is None else (attention.out.weight * norms_K).square()
-    scores = out.unflatten(1, (groups, width // groups)).sum((0, 2))
+    scores = out.reshape(-1, groups, width // groups).sum((0, 2))
     if norms_K is None:
         for linear in (attention.q, attention.k, attention.v):
-            scores = scores + linear.weight.square().unflatten(0, (groups, -1)).sum((1, 2))
+            scores = scores + linear.weight.square().reshape(groups, -1).sum(1)
     return scores
 
 
@@ -81,7 +82,7 @@ def without_heads(model: GPT, kept: Mapping[int, Sequence[int]]) -> GPT:
     left = len(next(iter(kept.values())))
     share = config.n_heads // config.n_kv_heads
     smaller = replace(config, n_heads=left * share, n_kv_heads=left)
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     for block, groups in kept.items():
         chosen = torch.tensor(groups)
         for part in ("q", "k", "v", "out"):
@@ -95,17 +96,19 @@ def without_heads(model: GPT, kept: Mapping[int, Sequence[int]]) -> GPT:
 def _groups(tensor: Tensor, groups: int, chosen: Tensor, *, columns: bool) -> Tensor:
     """The rows (or columns) of some groups: those of one group lie together."""
     whole = tensor.T if columns else tensor
-    part = whole.unflatten(0, (groups, -1))[chosen].flatten(0, 1)
+    part = whole.reshape(groups, -1, *whole.shape[1:])[chosen].flatten(0, 1)
     return (part.T if columns else part).contiguous()
 
 
-def _filled(config: object, tensors: Mapping[str, Tensor]) -> GPT:
-    """A model of these tensors. Raises LoadstoneError if it has a parameter that has not been cut to fit."""
+def _filled(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
+    """A model of these tensors. Raises LoadstoneError for one that has no place in it, or was not cut to fit."""
     with torch.device("meta"):
-        model = GPT(config)  # type: ignore[arg-type]
-    for name, parameter in list(model.named_parameters()):
-        if name not in tensors or tensors[name].shape != parameter.shape:
+        model = GPT(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in sorted({*wanted, *tensors}):
+        if name not in tensors or wanted.get(name) != tensors[name].shape:
             raise LoadstoneError(f"{name}: it is of a kind that cannot be taken apart here. Use --structure none.")
+    for name in wanted:
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensors[name].detach()))
     return model.eval()

@@ -77,8 +77,8 @@ def encode(kind: BlockType, codes_MG32: Codes, scales_MG: Halves, minima_MG: Hal
 
 def _nibbles(codes: Bytes) -> Bytes:
     """Weight j beside weight j + 16: the first in the low half of a byte."""
-    low: Bytes = codes & 15
-    return low[..., : SIZE // 2] | (low[..., SIZE // 2 :] << 4)
+    low, high = codes[..., : SIZE // 2], codes[..., SIZE // 2 :]
+    return np.bitwise_or(low & 15, high << 4, dtype=np.uint8)
 
 
 def _fifth_bits(codes: Bytes) -> Bytes:

@@ -1,13 +1,14 @@
 """Mixed precision: which tensor gets which type, under a budget of bytes or of loss.
 
-Every tensor has a few choices (bytes, estimated loss). What is best for some budget lies on the convex hull of these, so
-the steps along all hulls are taken in the order of what they gain per byte: the optimum of the problem in which a tensor
-could be split, and at most one step away from that of the real one.
+Every tensor has a few choices (bytes, estimated loss). What is best for some budget lies on the convex hull of these,
+so the steps along all hulls are taken in the order of what they gain per byte: the optimum of the problem in which a
+tensor could be split, and at most one step away from that of the real one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..errors import LoadstoneError
@@ -67,7 +68,7 @@ def _steps(units: Mapping[str, list[Choice]]) -> list[_Step]:
     found = []
     for unit, choices in units.items():
         hull = _hull(choices)
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in pairwise(hull):
             gain = (before.loss - after.loss) / (after.nbytes - before.nbytes)
             found.append(_Step(gain, unit, before, after))
     return found

@@ -55,7 +55,7 @@ def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
             left[:, k + 1 : stop] -= torch.outer(errors[:, k - start], upper_KK[k, k + 1 : stop])
         left[:, stop:] -= errors @ upper_KK[start:stop, stop:]
     grid = Grid(*(torch.stack(parts, dim=1) for parts in zip(*grids, strict=True)))
-    return Rounded(kind, codes.to(torch.int8).unflatten(1, (-1, SIZE)), grid)
+    return Rounded(kind, codes.to(torch.int8).view(M, -1, SIZE), grid)
 
 
 def inverse_factor(gram_KK: Tensor) -> Tensor:
@@ -77,4 +77,6 @@ def inverse_factor(gram_KK: Tensor) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper.float()
-    raise LoadstoneError("the inputs of a layer are so alike that their moments cannot be inverted. Calibrate on more text.")
+    raise LoadstoneError(
+        "the inputs of a layer are so alike that their moments cannot be inverted. Calibrate on more text."
+    )

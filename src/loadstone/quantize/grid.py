@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import SIZE, BlockType, Bytes, decode, encode
+from .blocks import SIZE, BlockType, Bytes, Halves, decode, encode
 
 # Scales that are tried, relative to the one at which the largest weight of a block just fits. Cutting off a lone large
 # weight makes the others finer; above 1 nothing is gained but where float16 rounds the scale.
@@ -50,31 +50,28 @@ class Rounded(NamedTuple):
         """[M, bytes of a row], as the file has them."""
         return encode(self.kind, self.codes.numpy(), *self._floats())
 
-    def _floats(self):  # type: ignore[no-untyped-def]
+    def _floats(self) -> list[Halves]:
         return [each.half().numpy() for each in (self.grid if self.kind.minimum else self.grid[:1])]
 
 
 @torch.no_grad()
 def nearest(weight_MK: Tensor, kind: BlockType) -> Rounded:
     """Round to nearest, with the scales of least squared error."""
-    blocks_MG32 = weight_MK.float().unflatten(1, (-1, SIZE))
+    blocks_MG32 = weight_MK.float().reshape(len(weight_MK), -1, SIZE)
     grid = best_grid(blocks_MG32, kind)
     return Rounded(kind, grid.codes(blocks_MG32, kind).to(torch.int8), grid)
 
 
 def best_grid(blocks: Tensor, kind: BlockType, importance: Tensor | None = None) -> Grid:
     """[..., 32] -> the grids of least squared error among those tried, weighted by the importance of each input."""
-    best, least = None, None
+    zero = torch.zeros(blocks.shape[:-1])
+    best, least = Grid(zero, zero), torch.full_like(zero, torch.inf)
     for grid in _minimum_grids(blocks, kind) if kind.minimum else _symmetric_grids(blocks, kind):
         squared = grid.values(grid.codes(blocks, kind)).sub_(blocks).square_()
         error = (squared if importance is None else squared.mul_(importance)).sum(-1)
-        if best is None or least is None:
-            best, least = grid, error
-            continue
         better = error < least
         best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best, strict=True)))
         least = torch.where(better, error, least)
-    assert best is not None
     return best
 
 

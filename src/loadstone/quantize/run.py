@@ -154,9 +154,7 @@ def _estimated(
     }
 
 
-def _chosen(
-    units: Mapping[str, Unit], settings: Settings, losses: Mapping[str, Mapping[str, float]]
-) -> dict[str, str]:
+def _chosen(units: Mapping[str, Unit], settings: Settings, losses: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """Unit -> type."""
     types = {name: settings.embedding if unit.embedding else settings.smallest for name, unit in units.items()}
     types |= {name: HALF for name, unit in units.items() if not unit.in_blocks}

@@ -1,8 +1,9 @@
 """How much a model loses if one tensor alone is rounded: an estimate for every tensor and block type from one pass.
 
-Close to the trained weights the divergence from the old model is KL = 1/2 d^T F d nats per token, with d the change of the
-weights and F the Fisher information, which is E[g g^T] for the gradients g of the log-probability of tokens *drawn from
-the model itself*. So each row of tokens needs one backward pass, and (g . d)^2 is one observation for every d at once.
+Close to the trained weights the divergence from the old model is KL = 1/2 d^T F d nats per token, with d the change of
+the weights and F the Fisher information, which is E[g g^T] for the gradients g of the log-probability of tokens *drawn
+from the model itself*. So a row of tokens needs one backward pass, and (g . d)^2 is one observation for every d at
+once.
 
 *Others*: sensitivity scans quantise one layer at a time and evaluate (as many evaluations as layers and types); the
 output error of a layer says nothing about what the rest of the model makes of it.
@@ -57,7 +58,7 @@ def sensitivities(
 
 def _gradients(model: GPT, parameters: list[Tensor], ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Of the sum of the log-probabilities of tokens that are drawn, one behind each of the row's tokens."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         logits_TV = model(ids_T[None])[0].float()
         drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = F.cross_entropy(logits_TV, drawn_T, reduction="sum")

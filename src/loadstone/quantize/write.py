@@ -1,8 +1,8 @@
 """A quantised model as a folder with `model.gguf`: the chosen codes and scales as blocks, the rest as floats.
 
 Why GGUF: every command of ours reads it like any source, llama.cpp runs it, and a block of it is a group of 32 weights
-with a scale, which is what is asked for. Before the file takes its name it is loaded again, and every parameter must have
-the bits of the model that was evaluated.
+with a scale, which is what is asked for. Before the file takes its name it is loaded again, and every parameter must
+have the bits of the model that was evaluated.
 """
 
 from __future__ import annotations
@@ -58,14 +58,18 @@ def write_quantised(
         if tokenizer and "tokenizer.ggml.tokens" not in open_checkpoint(places[0]).metadata:
             _write_tokenizer(tokenizer, folder)
     with atomic_file(folder / REPORT) as temporary:
-        temporary.write_text(json.dumps({**report, "remarks": certificate["remarks"]}, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(
+            json.dumps({**report, "remarks": certificate["remarks"]}, indent=2, allow_nan=False) + "\n"
+        )
     return certificate
 
 
 def require_place(folder: Path, source: Checkpoint, *, force: bool) -> None:
     """Before hours of work: raises LoadstoneError if nothing may be written there."""
     if folder.suffix == ".gguf":
-        raise LoadstoneError(f"{folder}: DST is a folder, in which {FILE} will lie. Name it, for example {folder.stem}.")
+        raise LoadstoneError(
+            f"{folder}: DST is a folder, in which {FILE} will lie. Name it, for example {folder.stem}."
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise SourceError(f"{folder}: other things lie there. Name a new folder.")
     may_replace(folder / FILE, source, LAYOUTS["gguf"], force)
