@@ -91,3 +91,19 @@ def write_extension(folder: Path, *sizes: int, **options: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "extend.json").write_text(json.dumps(extension_json(*sizes, **options)))
     return folder
+
+
+def quantised_units() -> list[Row]:
+    """Of two blocks, an embedding and an untied head; the second block has no k."""
+    names = ["token_embd", "blk.0.attn_q", "blk.0.attn_k", "blk.1.attn_q", "output"]
+    return [
+        {"name": f"{name}.weight", "type": kind, "losses": {"Q4_0": 0.01 * n, "Q8_0": 0.0001 * n}}
+        for n, (name, kind) in enumerate(zip(names, ["Q8_0", "Q4_0", "Q8_0", "Q4_0", "F16"], strict=True), 1)
+    ]
+
+
+def write_quantised(folder: Path, units: list[Row] | None = None) -> Path:
+    """As `loadstone quantize` leaves its report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quantize.json").write_text(json.dumps({"units": quantised_units() if units is None else units}))
+    return folder

@@ -31,7 +31,8 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"plot", "extend", "scratch", "evaluate"},
-    {"chat", "compare", "serve"},
+    {"chat", "compare", "calibrate", "serve"},
+    {"quantize", "prune"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -181,7 +181,7 @@ SMALL = {"w": random(2, 2)}
         (SMALL, {"k": "\ud800"}, "F32", "holds half a surrogate pair"),
         (SMALL, {"general.architecture": ""}, "F32", "needs general.architecture, a text; it has ''"),
         (SMALL, {"general.alignment": 24}, "F32", "must be a power of two from 8 on, not 24"),
-        (SMALL, {}, "Q6_K", "tensor 'w': type 'Q6_K' cannot be written; known: F32, F16, BF16, Q8_0, Q4_0"),
+        (SMALL, {}, "Q6_K", "tensor 'w': type 'Q6_K' cannot be written; known: F32, F16, BF16, Q8_0, Q5_0, Q4_1, Q4_0"),
         (SMALL, {}, "Q8_0", "tensor 'w': rows of 2 are no whole number of Q8_0's 32"),
         ({"w": np.ones((2, 2), np.int64)}, {}, "F32", "tensor 'w' holds int64; only floating point"),
         ({"w": random(1, 1, 1, 1, 1)}, {}, "F32", r"its shape is \(1, 1, 1, 1, 1\); GGUF holds 1 to 4 dimensions"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .certificate import Recorder
-from .checkpoint.base import Checkpoint
+from .checkpoint.base import Array, Checkpoint
 from .checkpoint.links import leads_out
 from .checkpoint.streaming import Progress, stored_nbytes
 from .checkpoint.wording import few, size_text
@@ -23,6 +23,7 @@ from .errors import ConfigError, LoadstoneError, TokenizerError
 from .weightmap import Identity
 
 if TYPE_CHECKING:
+    from .checkpoint.write_gguf import Types
     from .tokenizer import Tokenizer
 
 Texts = Mapping[str, "str | bytes"]
@@ -47,6 +48,8 @@ class Job:
         accept: config fields whose change the user accepts.
         progress: called with (bytes done, bytes in all).
         remarks: what the user should know about the result, one sentence each.
+        types: GGUF's types of some tensors, before what `dtype` says.
+        encoded: GGUF's blocks of some tensors, made already, [rows, bytes].
     """
 
     identity: Identity
@@ -57,6 +60,8 @@ class Job:
     accept: tuple[str, ...] = ()
     progress: Progress | None = None
     remarks: list[str] = field(default_factory=list)
+    types: Mapping[str, str] = field(default_factory=dict)
+    encoded: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def config(self) -> GPTConfig:
@@ -153,7 +158,7 @@ def _state_dict(job: Job, file: Path, around: Mapping[str, Any] | None = None) -
 
 
 def _gguf(job: Job, file: Path) -> None:
-    from .checkpoint.write_gguf import default_types, write_gguf
+    from .checkpoint.write_gguf import write_gguf
     from .config.to_gguf import gguf_tensors, to_gguf
     from .tokenizer.export import gguf_vocabulary
 
@@ -169,14 +174,23 @@ def _gguf(job: Job, file: Path) -> None:
             metadata |= gguf_vocabulary(job.tokenizer, job.config)
         except TokenizerError as error:
             job.remarks.append(f"written without a vocabulary, so llama.cpp cannot turn text into tokens: {error}")
-    types, extra = default_types(job.dtype), gguf_tensors(job.config)
-    write_gguf(job.tensors, file, metadata, types=types, extra=extra, progress=job.progress)
+    extra = gguf_tensors(job.config)
+    write_gguf(
+        job.tensors, file, metadata, types=_gguf_types(job), extra=extra, encoded=job.encoded, progress=job.progress
+    )
 
 
 def _gguf_nbytes(job: Job) -> int:
-    from .checkpoint.write_gguf import default_types, planned_nbytes
+    from .checkpoint.write_gguf import planned_nbytes
 
-    return planned_nbytes(job.tensors, default_types(job.dtype))
+    return planned_nbytes(job.tensors, _gguf_types(job))
+
+
+def _gguf_types(job: Job) -> Types:
+    from .checkpoint.write_gguf import default_types
+
+    usual = default_types(job.dtype)
+    return lambda name, info: job.types.get(name) or usual(name, info)
 
 
 LAYOUTS: Mapping[str, Layout] = {

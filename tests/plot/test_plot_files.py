@@ -26,14 +26,14 @@ from loadstone.cli.plot import plot as command
 from loadstone.errors import LoadstoneError
 from loadstone.plot import plot
 from loadstone.plot.style import DPI
-from run_folders import training, typical_run, write_extension, write_run
+from run_folders import training, typical_run, write_extension, write_quantised, write_run
 
-KINDS = ("loss", "updates", "schedule", "vocabulary")
+KINDS = ("loss", "updates", "schedule", "vocabulary", "sensitivity")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_extension(typical_run(tmp_path / "my $run$ & <co>", steps=60), 10, 2)
+    return write_quantised(write_extension(typical_run(tmp_path / "my $run$ & <co>", steps=60), 10, 2))
 
 
 def texts(svg: Path) -> set[str]:
@@ -68,6 +68,7 @@ def test_the_svg_is_text_that_can_be_searched(run: Path) -> None:
         "updates": {"Weight updates of my $run$ & <co>", "block 0  attn", "exactly zero: frozen", "step"},
         "schedule": {"blocks 0 to 1", "learning rate", "frozen"},
         "vocabulary": {"before: 10 × 8", "after: 12 × 8", "10  <|new0|>", "rows of new tokens"},
+        "sensitivity": {"token_embd", "block 1", "attn_q", "Q4_0", "what was written"},
     }
     for kind, wanted in labels.items():
         assert wanted <= texts(run / "plots" / f"{kind}.svg"), kind
@@ -97,6 +98,7 @@ def test_what_the_data_do_not_allow_is_left_out_with_its_reason(tmp_path: Path) 
         "schedule": "",
         "updates": "updates.jsonl has no measurement (training writes them with --updates-every)",
         "vocabulary": "there is no extend.json (`loadstone extend` writes it)",
+        "sensitivity": "there is no quantize.json with estimates (`loadstone quantize --calibration ...` writes it)",
     }
     assert {file.stem for file in (tmp_path / "r" / "plots").iterdir()} == {"loss", "schedule"}
 
@@ -132,7 +134,7 @@ def test_pictures_replace_older_ones_and_leave_nothing_else(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kinds": ["loss", "pie"]}, r"'pie' is no picture; known: loss, updates, schedule, vocabulary\."),
+        ({"kinds": ["loss", "pie"]}, r"'pie' is no picture; known: loss, updates, schedule, vocabulary, sensitivity\."),
         ({"formats": ["gif"]}, r"'gif' is no format; known: png, svg\."),
         ({"kinds": []}, "'' is no picture; known"),
     ],
@@ -196,8 +198,8 @@ def test_the_command_says_what_was_drawn(cli: typer.Typer, run: Path) -> None:
     assert result.exit_code == 0
     folder = run / "plots"
     assert result.stdout == (
-        f"drawn      loss       my $run$ & <co>: {folder}/loss.svg\n"
-        f"drawn      updates    my $run$ & <co>: {folder}/updates.svg\n"
+        f"drawn      loss        my $run$ & <co>: {folder}/loss.svg\n"
+        f"drawn      updates     my $run$ & <co>: {folder}/updates.svg\n"
     )
 
 

@@ -1,6 +1,7 @@
 """Writing GGUF v3: header by the `gguf` package, then one tensor at a time in pieces, so that memory stays small.
 
-The types are those that the package can encode: F32, F16, BF16, Q8_0 and Q4_0. llama-quantize's mixtures need ggml.
+The types are those that the package can encode: F32, F16, BF16, Q8_0, Q5_0, Q4_1 and Q4_0. llama-quantize's mixtures
+need ggml.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ Types = Callable[[str, TensorInfo], str]
 PLAIN: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 )
-BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType({"Q8_0": (32, 34), "Q4_0": (32, 18)})  # elements, bytes
-FILE_TYPES: Mapping[str, int] = MappingProxyType({"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32})  # llama.h
+# elements, bytes
+BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18)}
+)
+FILE_TYPES: Mapping[str, int] = MappingProxyType(
+    {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+)  # llama.h
 KINDS: Mapping[str, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 )
+_STEPS: Mapping[str, int] = MappingProxyType(
+    {"Q8_0": 127, "Q5_0": 16, "Q4_1": 1, "Q4_0": 8}
+)  # from 0 to the largest value
 QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
 _LONGEST_NAME = 63  # bytes; ggml keeps names in 64, with a zero behind
 _PIECE = 1 << 20  # elements that are encoded at once
@@ -63,6 +72,7 @@ def write_gguf(
     *,
     types: Types,
     extra: Mapping[str, Array] = MappingProxyType({}),
+    encoded: Mapping[str, Array] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write one GGUF file. `path` should be a temporary name: what stands there after an error is incomplete.
@@ -74,6 +84,7 @@ def write_gguf(
             a fraction float32, as llama.cpp wants it. What counts bytes and types is added.
         types: (name, info) -> type, one of `PLAIN` and `BLOCKS`; see `default_types`.
         extra: further tensors, small ones (`rope_freqs.weight`), written first.
+        encoded: tensors of the source that are blocks already, [rows, bytes of a row], uint8; they are not read.
         progress: called with (bytes done, bytes in all) after each piece.
 
     Raises LoadstoneError, before anything is written, for metadata or a type that GGUF cannot hold; and for values
@@ -87,8 +98,9 @@ def write_gguf(
     with path.open("ab") as file:
         _pad(file, alignment)
         for name, (_, type_name) in plan.items():
-            for piece in _pieces(extra[name] if name in extra else source.read(name)):
-                done += file.write(_encoded(piece, type_name, name))
+            given = encoded.get(name, extra.get(name))
+            for piece in _pieces(source.read(name) if given is None else given):
+                done += file.write(piece.tobytes() if name in encoded else _encoded(piece, type_name, name))
                 if progress:
                     progress(done, total)
             _pad(file, alignment)
@@ -235,8 +247,8 @@ def _encoded(piece: Array, type_name: str, name: str) -> bytes | memoryview:
     from gguf.quants import quantize
 
     values = np.ascontiguousarray(piece, np.float32)
-    # A block's scale is float16: the largest value over 127 (Q8_0) or over 8 (Q4_0).
-    if not np.abs(values).max() / (127 if type_name == "Q8_0" else 8) < 65504:  # false for NaN as well
+    # A block's scale is float16: the largest value over 127 (Q8_0), 16 (Q5_0) or 8 (Q4_0); Q4_1 has the minimum as one.
+    if not np.abs(values).max() / _STEPS[type_name] < 65504:  # false for NaN as well
         raise _beyond(name, type_name)
     blocks: Array = quantize(values, GGMLQuantizationType[type_name])
     return blocks.tobytes()

@@ -27,6 +27,8 @@ from . import (
     plot,
     prepare,
     prove,
+    prune,
+    quantize,
     run,
     serve,
     train,
@@ -57,6 +59,7 @@ VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
     *(run.generate, run.chat, run.engines, serve.serve, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
+    *(quantize.quantize, prune.prune),
 )
 for _verb in VERBS:
     app.command()(spread(_verb))

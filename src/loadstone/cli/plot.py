@@ -14,18 +14,20 @@ from .options import Json, print_json
 def plot(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Folder of a training run, or of an extended model; several to compare."),
+        typer.Argument(
+            metavar="RUN...", help="Folder of a training run, or of an extended or quantised model; several to compare."
+        ),
     ],
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Where the pictures go; by itself: plots in the (first) RUN.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="Which ones: loss, updates, schedule, vocabulary, with commas.")] = (
-        "loss,updates,schedule,vocabulary"
-    ),
+    kind: Annotated[
+        str, typer.Option(help="Which ones: loss, updates, schedule, vocabulary, sensitivity, with commas.")
+    ] = ("loss,updates,schedule,vocabulary,sensitivity"),
     format: Annotated[str, typer.Option(help="png, svg, or both with a comma.")] = "png,svg",
     as_json: Json = False,
 ) -> None:
-    """Draw loss, weight updates, schedule and vocabulary extension. Status 1 if there is nothing to draw."""
+    """Draw loss, updates, schedule, vocabulary extension and sensitivity. Status 1 if there is nothing to draw."""
     from ..plot import plot as draw
 
     pictures = draw(runs, out, kinds=_words(kind), formats=_words(format))
@@ -33,7 +35,7 @@ def plot(
         print_json({"pictures": [asdict(picture) for picture in pictures]})
     for picture in () if as_json else pictures:
         label, text = ("drawn", ", ".join(picture.files)) if picture.files else ("not drawn", picture.why_not)
-        print(visible(f"{label:<10} {picture.kind:<11}{picture.run}: {text}"))
+        print(visible(f"{label:<10} {picture.kind:<12}{picture.run}: {text}"))
     if not any(picture.files for picture in pictures):
         raise typer.Exit(1)
 

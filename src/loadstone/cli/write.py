@@ -98,11 +98,11 @@ def _stages() -> Iterator[Stages | None]:
             yield lambda stage, done, total: advance(done + (total if stage == "reading back" else 0), 2 * total)
 
 
-def parse_size(text: str) -> int | None:
+def parse_size(text: str, option: str = "--shard-size") -> int | None:
     """`5GB`, `500MB`, `2GiB`, `none`. Raises LoadstoneError for anything else."""
     if text.lower() == "none":
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
     if not match or not 0 < float(match[1]) < 1e18:
-        raise LoadstoneError(f"--shard-size {text}: expected a size such as 5GB, 500MB, 2GiB, or none.")
+        raise LoadstoneError(f"{option} {text}: expected a size such as 5GB, 500MB, 2GiB, or none.")
     return max(1, int(float(match[1]) * UNITS[match[2] or ""]))

@@ -1,4 +1,4 @@
-"""Pictures of runs, from what they wrote: loss, weight updates, schedule, vocabulary extension.
+"""Pictures of runs, from what they wrote: loss, weight updates, schedule, vocabulary extension, sensitivity.
 
 Why not as others do it: a plotting call inside the loop (nanoGPT's notebooks, wandb) draws what that process saw. Here
 a picture is a function of the run's files: it can be drawn while the run goes on, after a resume, on another machine.
@@ -24,13 +24,13 @@ def plot(
     folders: Sequence[Path | str],
     destination: Path | str | None = None,
     *,
-    kinds: Sequence[str] = ("loss", "updates", "schedule", "vocabulary"),
+    kinds: Sequence[str] = ("loss", "updates", "schedule", "vocabulary", "sensitivity"),
     formats: Sequence[str] = ("png", "svg"),
 ) -> list[Picture]:
     """Draw runs. Several are compared in one loss picture; the other pictures are of one run each.
 
     Args:
-        folders: runs, or models that `loadstone extend` wrote.
+        folders: runs, or models that `loadstone extend` or `loadstone quantize` wrote.
         destination: folder for the files, by default `plots` in the (first) run; several runs have one each in it.
         kinds: which pictures; one that the data do not allow is left out, and the result says why.
         formats: png, svg.

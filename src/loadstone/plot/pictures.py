@@ -15,8 +15,10 @@ from ..checkpoint.wording import shown
 from ..errors import LoadstoneError
 from .extension import Extension
 from .loss import loss_figure
-from .reading import EXTENSION, METRICS, UPDATES, Run, distinct_names, read_run
+from .quantised import Sensitivity
+from .reading import EXTENSION, METRICS, QUANTISED, UPDATES, Run, distinct_names, read_run
 from .schedule import schedule_figure
+from .sensitivity import sensitivity_figure
 from .style import CANVASES, save
 from .updates import updates_figure
 from .vocabulary import vocabulary_figure
@@ -61,6 +63,11 @@ KINDS: Mapping[str, Kind] = {
         lambda run: vocabulary_figure(cast(Extension, run.extension), run.name),
         lambda run: run.extension is not None,
         f"there is no {EXTENSION} (`loadstone extend` writes it)",
+    ),
+    "sensitivity": Kind(
+        lambda run: sensitivity_figure(cast(Sensitivity, run.sensitivity), run.name),
+        lambda run: run.sensitivity is not None,
+        f"there is no {QUANTISED} with estimates (`loadstone quantize --calibration ...` writes it)",
     ),
 }
 

@@ -1,6 +1,7 @@
 """`read_run`: what a run wrote about itself, as arrays. Works while the run goes on, and after it was resumed.
 
-A run folder has `metrics.jsonl` and perhaps `updates.jsonl`; one that `loadstone extend` wrote has `extend.json`.
+A run folder has `metrics.jsonl` and perhaps `updates.jsonl`; one that `loadstone extend` wrote has `extend.json`,
+and one of `loadstone quantize` has `quantize.json`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy as np
 from ..checkpoint.wording import shown, visible
 from ..errors import FormatError, LoadstoneError
 from .extension import Array, Extension, read_extension
+from .quantised import Sensitivity, read_sensitivity
 
 Row = dict[str, Any]
-METRICS, UPDATES, EXTENSION = "metrics.jsonl", "updates.jsonl", "extend.json"
+METRICS, UPDATES, EXTENSION, QUANTISED = "metrics.jsonl", "updates.jsonl", "extend.json", "quantize.json"
 _LARGEST = 2**53  # whole numbers up to here are exact in float64
 _LARGEST_VALUE = 1e30
 
@@ -84,7 +86,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; empty arrays where it has nothing of a kind."""
+    """A run folder; empty arrays, and None, where it has nothing of a kind."""
 
     folder: Path
     training: Training
@@ -92,6 +94,7 @@ class Run:
     updates: Updates
     learning: Learning
     extension: Extension | None
+    sensitivity: Sensitivity | None = None
 
     @property
     def name(self) -> str:
@@ -116,10 +119,11 @@ def read_run(folder: Path | str) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise LoadstoneError(f"{folder}: there is no such folder. Name the folder that a training run writes to.")
-    if not any((folder / name).exists() for name in (METRICS, UPDATES, EXTENSION)):
+    if not any((folder / name).exists() for name in (METRICS, UPDATES, EXTENSION, QUANTISED)):
         raise LoadstoneError(
             f"{folder}: this is not the folder of a run: it has neither {METRICS} nor {UPDATES} (`loadstone train` and "
-            f"`loadstone finetune` write them) nor {EXTENSION} (`loadstone extend`). Name a folder that has."
+            f"`loadstone finetune` write them) nor {EXTENSION} (`loadstone extend`) nor {QUANTISED} "
+            "(`loadstone quantize`). Name a folder that has."
         )
     metrics = list(_lines(folder / METRICS))
     return Run(
@@ -129,6 +133,7 @@ def read_run(folder: Path | str) -> Run:
         _updates(folder / UPDATES),
         _learning(folder / METRICS, _current(row for row in metrics if "learns" in row)),
         read_extension(folder / EXTENSION) if (folder / EXTENSION).exists() else None,
+        read_sensitivity(folder / QUANTISED) if (folder / QUANTISED).exists() else None,
     )
 
 

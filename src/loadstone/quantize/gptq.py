@@ -1,0 +1,82 @@
+"""GPTQ: round a matrix input by input, and let the inputs still to come make up for the error of each.
+
+Frantar et al. 2022, arXiv:2210.17323; the algorithm of OBS (Hassibi & Stork 1993) in an order that is the same for all
+rows. Minimises |(W - Q) X|^2 for the inputs X of a calibration text, of which only the matrix of their second moments
+(`gram`, half the Hessian) is needed.
+
+*Others*: GPTQModel and llm-compressor write layouts of their own, which other programs do not read; `torchao` has no
+calibrated rounding for a block of 32 with a float16 scale. Here the result is ggml's blocks.
+
+Shapes: M rows (outputs), K inputs, 32 inputs share a scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import LoadstoneError
+from .blocks import SIZE, BlockType
+from .grid import Grid, Rounded, best_grid
+
+COLUMNS = 128  # inputs whose errors are passed on among themselves first, and to the rest in one product
+DAMPING = 0.01  # of the mean of the diagonal, added to it
+_ATTEMPTS = 6  # each with ten times the damping
+
+
+@torch.no_grad()
+def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
+    """The codes and scales of a matrix.
+
+    The grid of a block is chosen when its first input is due, from the weights as they then are, by the errors that
+    count: one at input k costs (error / upper[k, k])^2.
+
+    Args:
+        weight_MK: K a multiple of 32.
+        gram_KK: sum (or mean) of x x^T over the inputs x that the layer saw.
+
+    Raises LoadstoneError if the moments are not finite.
+    """
+    left = weight_MK.float().clone()  # the weights, with the errors of the inputs before them passed on
+    upper_KK = inverse_factor(gram_KK)
+    importance_K = upper_KK.diagonal() ** -2
+    M, K = left.shape
+    codes, grids = torch.empty(M, K), []
+    for start in range(0, K, COLUMNS):
+        stop = min(start + COLUMNS, K)
+        errors = torch.empty(M, stop - start)
+        for k in range(start, stop):
+            if k % SIZE == 0:
+                group = slice(k, k + SIZE)
+                grids.append(best_grid(left[:, group], kind, importance_K[group]))
+            codes[:, k : k + 1] = grids[-1].codes(left[:, k : k + 1], kind)
+            values = grids[-1].values(codes[:, k : k + 1])[:, 0]
+            errors[:, k - start] = (left[:, k] - values) / upper_KK[k, k]
+            left[:, k + 1 : stop] -= torch.outer(errors[:, k - start], upper_KK[k, k + 1 : stop])
+        left[:, stop:] -= errors @ upper_KK[start:stop, stop:]
+    grid = Grid(*(torch.stack(parts, dim=1) for parts in zip(*grids, strict=True)))
+    return Rounded(kind, codes.to(torch.int8).view(M, -1, SIZE), grid)
+
+
+def inverse_factor(gram_KK: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped moments, in float32; computed in float64.
+
+    An input that was always zero gets the moment of a mean one, so that it is rounded to nearest.
+    """
+    gram = gram_KK.double().clone()
+    diagonal = gram.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise LoadstoneError("the model computes values that are NaN or infinite on the calibration text.")
+    mean = float(diagonal.mean()) or 1.0
+    diagonal[diagonal == 0] = mean
+    for attempt in range(_ATTEMPTS):
+        diagonal += DAMPING * mean * 10.0**attempt
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper.float()
+    raise LoadstoneError(
+        "the inputs of a layer are so alike that their moments cannot be inverted. Calibrate on more text."
+    )

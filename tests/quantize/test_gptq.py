@@ -1,0 +1,113 @@
+"""GPTQ: less error on the calibration's inputs than rounding to nearest, by an independent formula; hostile moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loadstone.errors import LoadstoneError
+from loadstone.quantize import gptq as module
+from loadstone.quantize.blocks import SIZE, TYPES, BlockType
+from loadstone.quantize.gptq import gptq, inverse_factor
+from loadstone.quantize.grid import nearest
+
+
+def inputs(K: int, N: int = 400, seed: int = 0) -> Tensor:
+    """Inputs that go together, with a few large ones, as a network's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(N, K // 4, generator=generator) @ torch.randn(K // 4, K, generator=generator)
+    x = mixed + 0.3 * torch.randn(N, K, generator=generator)
+    x[:, :3] *= 20
+    return x
+
+
+def output_error(weight: Tensor, values: Tensor, x: Tensor) -> float:
+    return float((x @ (values - weight).T).square().sum() / (x @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize(("M", "K"), [(1, 32), (24, 96), (17, 256), (40, 160)])
+def test_it_is_better_than_nearest_on_what_it_saw(kind: BlockType, M: int, K: int) -> None:
+    weight, x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)), inputs(K)
+    found = gptq(weight, x.T @ x, kind)
+    ours, plain = (output_error(weight, each.values(), x) for each in (found, nearest(weight, kind)))
+    assert ours < (0.7 if K > SIZE else 1.0) * plain
+
+
+def test_it_is_what_the_definition_says() -> None:
+    """The textbook form: round an input, solve the least squares of all later ones anew, go on. No Cholesky."""
+    K, kind = 64, TYPES["Q4_0"]
+    weight, x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)), inputs(K)
+    gram = (x.T @ x).double()
+    found = gptq(weight, x.T @ x, kind)
+    damped = gram + module.DAMPING * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    left, values = weight.double().clone(), found.values().double()
+    for k in range(K):
+        # What is known to be wrong with inputs up to k is made up for by the later ones as well as it can be.
+        rest = slice(k + 1, K)
+        wrong = left[:, k] - values[:, k]
+        left[:, rest] += torch.outer(wrong, torch.linalg.solve(damped[rest, rest], damped[rest, k]))
+        scale = found.grid.scales[:, k // SIZE].double()
+        assert ((left[:, k] - values[:, k]).abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
+
+
+def clipped(weight: Tensor, scale: Tensor) -> Tensor:
+    """How far beyond the codes' range a weight lies."""
+    code = weight / scale
+    return ((code - 7).clamp(min=0) + (-8 - code).clamp(min=0)) * scale.abs()
+
+
+def test_without_correlation_it_is_rounding_to_nearest() -> None:
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(gptq(weight, torch.eye(64), TYPES["Q4_0"]).values(), nearest(weight, TYPES["Q4_0"]).values())
+
+
+def test_what_is_on_the_grid_already_stays() -> None:
+    weight = nearest(torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), TYPES["Q4_0"]).values()
+    x = inputs(64)
+    assert output_error(weight, gptq(weight, x.T @ x, TYPES["Q4_0"]).values(), x) < 1e-4
+
+
+def _no_inputs(gram: Tensor) -> None:
+    gram[:8], gram[:, :8] = 0, 0
+
+
+def _one_token(gram: Tensor) -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    gram.copy_(torch.outer(x, x))
+
+
+def _nothing(gram: Tensor) -> None:
+    gram.zero_()
+
+
+def _massive(gram: Tensor) -> None:
+    gram[5] *= 1e5
+    gram[:, 5] *= 1e5
+
+
+@pytest.mark.parametrize("spoil", [_no_inputs, _one_token, _nothing, _massive])
+def test_hostile_moments(spoil: Callable[[Any], None]) -> None:
+    x = inputs(64)
+    weight, gram = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), x.T @ x
+    spoil(gram)
+    values = gptq(weight, gram, TYPES["Q4_0"]).values()
+    assert bool(torch.isfinite(values).all())
+    assert float((values - weight).norm() / weight.norm()) < 0.5
+
+
+def test_moments_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(LoadstoneError, match="NaN or infinite"):
+        inverse_factor(torch.full((32, 32), torch.nan))
+
+
+def test_blocks_of_columns_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)), inputs(256)
+    whole = gptq(weight, x.T @ x, TYPES["Q4_0"]).values()
+    monkeypatch.setattr(module, "COLUMNS", 32)
+    parts = gptq(weight, x.T @ x, TYPES["Q4_0"]).values()
+    assert float((whole != parts).float().mean()) < 0.01  # another order of adding
