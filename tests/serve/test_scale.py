@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from server_load import Answer, Server, ask, free_port, loadstone
+from server_load import Answer, Server, ask, free_port, loadstone, request
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -32,8 +32,6 @@ http {{
     {site}
 }}
 """
-
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")
 
 
 def tiny(port: int) -> Server:
@@ -139,6 +137,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if NGINX is None:
+        pytest.skip("nginx is not installed (apt-get install nginx-light)")
     place = tmp_path_factory.mktemp("nginx")
     place.chmod(0o755)
     with ExitStack() as stack:
@@ -180,6 +180,15 @@ def test_a_server_that_is_back_is_asked_again_and_one_that_is_ended_loses_nothin
     assert status == 0
     assert [answer for _, answer in load.answers if not answer.whole] == []
     assert {upstream(answer) for began, answer in load.answers if began > ended} == {lives.port}
+
+
+def test_a_request_on_a_connection_from_just_before_the_end_is_answered() -> None:
+    with tiny(0) as server, socket.create_connection(("127.0.0.1", server.port)) as taken:
+        time.sleep(0.2)
+        server.process.terminate()
+        time.sleep(0.25)  # uvicorn looks for a signal every tenth of a second
+        taken.sendall(request("/tokenize", b'{"text": "a"}'))
+        assert taken.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_each_token_comes_through_as_it_is_made(cluster: Cluster) -> None:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from ..errors import LoadstoneError
 
 BACKLOG = 1024  # connections that may wait to be taken
+TAKEN = 0.5  # seconds for requests on connections that were taken just before: uvicorn hangs up where none has begun
 CUT = 2  # seconds after the drain in which errors go out
 
 
@@ -26,6 +27,9 @@ class _Server(uvicorn.Server):
         self._drain, self._end = drain, end
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()  # no new connections
+        await asyncio.sleep(TAKEN)
         asyncio.get_running_loop().call_later(self._drain, self._end)
         await super().shutdown(sockets)
 
