@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from extendable import KNOWN, gpt2_like, hostile
 from loadstone.serve.app import Settings, create_app
-from loadstone.serve.engine import Engine
+from loadstone.serve.batch import Batch
 from loadstone.serve.served import Served
 
 TEMPLATE = (
@@ -34,8 +34,8 @@ def small(
     """A model of 401 tokens that answers at once."""
     model = hostile(KNOWN, seed=seed, context_length=context)
     tokenizer = replace(gpt2_like(), chat_template=TEMPLATE if chat else None)
-    engine = Engine(model, rows=rows, waiting=waiting, n_tokens=KNOWN)
-    return Served(name, model, tokenizer, engine, 1, {})
+    batch = Batch(model, rows=rows, waiting=waiting, n_tokens=KNOWN)
+    return Served(name, model, tokenizer, batch, 1, {})
 
 
 @dataclass
@@ -114,7 +114,7 @@ def serving(*models: Served, **settings: Any) -> Iterator[Serving]:
     listening = socket.create_server(("127.0.0.1", 0))
     found = Serving(listening.getsockname()[1], {each.name: each for each in models})
     for each in models:
-        _pace(each.engine, found.paced)
+        _pace(each.batch, found.paced)
     config = uvicorn.Config(
         create_app(models, Settings(**settings)), log_level="warning", access_log=False, lifespan="on",
         timeout_graceful_shutdown=1,
@@ -132,12 +132,12 @@ def serving(*models: Served, **settings: Any) -> Iterator[Serving]:
         assert not thread.is_alive()
 
 
-def _pace(engine: Engine, paced: list[float]) -> None:
-    step = engine.step
+def _pace(batch: Batch, paced: list[float]) -> None:
+    step = batch.step
 
     def slowly() -> None:
         if paced[0]:
             time.sleep(paced[0])
         step()
 
-    engine.step = slowly  # type: ignore[method-assign]
+    batch.step = slowly  # type: ignore[method-assign]

@@ -11,17 +11,17 @@ from extendable import KNOWN, gpt2_like, hostile
 from loadstone.generate import generate_texts
 from loadstone.sampling import Sampling
 from loadstone.serve.answers import Answer, FailedError, Piece, Wish
-from loadstone.serve.engine import Engine, Worker
+from loadstone.serve.batch import Batch, Worker
 
 PROMPT = "The cat's hat; the dog's 12 bones"
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    engine = Engine(hostile(KNOWN), rows=3)
-    worker = Worker([engine])
+def batch() -> Iterator[Batch]:
+    batch = Batch(hostile(KNOWN), rows=3)
+    worker = Worker([batch])
     worker.start()
-    yield engine
+    yield batch
     worker.close(30)
     assert not worker.is_alive()
 
@@ -31,9 +31,9 @@ def wish(**options: object) -> Wish:
     return Wish(**fields)  # type: ignore[arg-type]
 
 
-def ask(engine: Engine, *wishes: Wish, timeout: float = 60) -> list[list[Piece]]:
+def ask(batch: Batch, *wishes: Wish, timeout: float = 60) -> list[list[Piece]]:
     async def one(each: Wish) -> list[Piece]:
-        return [piece async for piece in Answer(engine, gpt2_like(), each, timeout=timeout)]
+        return [piece async for piece in Answer(batch, gpt2_like(), each, timeout=timeout)]
 
     async def together() -> list[list[Piece]]:
         return list(await asyncio.gather(*map(one, wishes)))
@@ -51,8 +51,8 @@ def engine_model() -> object:
     return hostile(KNOWN)
 
 
-def test_pieces_add_up_to_the_text(engine: Engine) -> None:
-    found = ask(engine, *[wish()] * 5)
+def test_pieces_add_up_to_the_text(batch: Batch) -> None:
+    found = ask(batch, *[wish()] * 5)
     for pieces in found:
         assert "".join(piece.text for piece in pieces) == expected()
         assert [piece.finish for piece in pieces[:-1]] == [""] * (len(pieces) - 1)
@@ -60,17 +60,17 @@ def test_pieces_add_up_to_the_text(engine: Engine) -> None:
         assert sum(len(piece.tokens) for piece in pieces) <= 30
 
 
-def test_a_stop_text_ends_it_and_is_not_shown(engine: Engine) -> None:
+def test_a_stop_text_ends_it_and_is_not_shown(batch: Batch) -> None:
     whole = expected()
     stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
-    (pieces,) = ask(engine, wish(stop=[stop]))
+    (pieces,) = ask(batch, wish(stop=[stop]))
     assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
     assert pieces[-1].finish == "stop"
 
 
-def test_an_answer_that_nobody_reads_on_is_cancelled(engine: Engine) -> None:
+def test_an_answer_that_nobody_reads_on_is_cancelled(batch: Batch) -> None:
     async def leave() -> None:
-        answer = Answer(engine, gpt2_like(), wish(), timeout=60)
+        answer = Answer(batch, gpt2_like(), wish(), timeout=60)
         pieces = answer.__aiter__()
         await anext(pieces)
         await pieces.aclose()  # type: ignore[attr-defined]
@@ -79,6 +79,6 @@ def test_an_answer_that_nobody_reads_on_is_cancelled(engine: Engine) -> None:
     asyncio.run(leave())
 
 
-def test_time_is_over(engine: Engine) -> None:
+def test_time_is_over(batch: Batch) -> None:
     with pytest.raises(FailedError, match="time for this request"):
-        ask(engine, wish(), timeout=0)
+        ask(batch, wish(), timeout=0)

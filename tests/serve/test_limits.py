@@ -127,12 +127,12 @@ def test_a_client_that_leaves_during_other_work_ends_it(server: Serving) -> None
     body = json.dumps({"model": "small", "input": ["The cat's hat"] * 2000}).encode()
     with server.pace(0.02):
         connection = server.raw(head(f"Content-Length: {len(body)}", path="/v1/embeddings") + body)
-        server.until(lambda: server.models["small"].engine.busy)
+        server.until(lambda: server.models["small"].batch.busy)
         connection.close()
         time.sleep(0.3)
-        server.until(lambda: not server.models["small"].engine.busy, 2)
+        server.until(lambda: not server.models["small"].batch.busy, 2)
         time.sleep(0.1)
-        assert not server.models["small"].engine.busy
+        assert not server.models["small"].batch.busy
 
 
 def test_a_stream_that_the_client_ends(server: Serving) -> None:

@@ -1,4 +1,4 @@
-"""From a job in the engine's thread to pieces of text in the server's: whole characters, stop texts, a fair end.
+"""From a job in the batch's thread to pieces of text in the server's: whole characters, stop texts, a fair end.
 
 Whoever asks closes the iterator when the client is gone; that cancels the job, and its row is free at the next step.
 """
@@ -15,7 +15,7 @@ from ..errors import LoadstoneError
 from ..generate import Text
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
-from .engine import End, Engine, Job, Token
+from .batch import Batch, End, Job, Token
 
 
 class FailedError(LoadstoneError):
@@ -54,7 +54,7 @@ class Answer:
     Raises FullError, and LoadstoneError for what cannot be asked, when it is created; FailedError while iterating.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, wish: Wish, *, timeout: float) -> None:
+    def __init__(self, batch: Batch, tokenizer: Tokenizer, wish: Wish, *, timeout: float) -> None:
         loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Token | End]()
         self._text, self.made = Text(tokenizer, wish.stop), 0
 
@@ -67,7 +67,7 @@ class Answer:
             seed=getrandbits(63) if wish.seed is None else wish.seed, stop_ids=wish.stop_ids, logprobs=wish.logprobs,
             deadline=time.monotonic() + timeout,
         )  # fmt: skip
-        engine.submit(self.job)
+        batch.submit(self.job)
 
     def cancel(self) -> None:
         self.job.cancelled = True

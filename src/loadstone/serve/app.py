@@ -20,7 +20,7 @@ from .._version import __version__
 from ..errors import LoadstoneError
 from .answers import FailedError, LateError
 from .attended import GoneError
-from .engine import FullError, Worker
+from .batch import FullError, Worker
 from .limits import Limits
 from .looking import looking
 from .metrics import Metrics
@@ -51,7 +51,7 @@ def create_app(served: Sequence[Served], settings: Settings | None = None) -> Fa
     """The application; its thread that computes runs from start to end of the application's life."""
     settings = settings or Settings()
     models, metrics = Models(served), Metrics(served)
-    worker = Worker([each.engine for each in served])
+    worker = Worker([each.batch for each in served])
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tokenizer import Tokenizer
-from .engine import Token
+from .batch import Token
 
 
 def details(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..tokenizer import Tokenizer
 from .answers import Piece
+from .batch import Token
 from .details import token_text
-from .engine import Token
 from .reply import Choice
 
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from .attended import attended
+from .batch import Token
 from .details import details, named
-from .engine import Token
 from .prompts import attention, prompt_logprobs
 from .schema import MOST_TOP, Strict, Text, TokenIds
 from .served import Models
@@ -55,7 +55,7 @@ def looking(models: Models, *, timeout: float) -> APIRouter:
         """Each token with its log-probability given those before it, beside the likeliest at its place."""
         served = models.named(asked.model)
         ids = await served.encode(asked.text)
-        served.engine.check(ids)
+        served.batch.check(ids)
         work = served.between_steps(prompt_logprobs(served.model, ids, asked.top))
         tokens = [Token(ids[0]), *await attended(request, work, timeout=timeout)]
         return {"model": served.name, "tokens": details(served.tokenizer, tokens)}
@@ -65,7 +65,7 @@ def looking(models: Models, *, timeout: float) -> APIRouter:
         """Row t: how much token t takes from tokens 0 .. t, in one head; the first MOST_TOKENS tokens of the text."""
         served = models.named(asked.model)
         ids = (await served.encode(asked.text))[:MOST_TOKENS]
-        served.engine.check(ids)
+        served.batch.check(ids)
         work = served.between_steps(attention(served.model, ids, asked.layer, asked.head))
         rows = await attended(request, work, timeout=timeout)
         return {

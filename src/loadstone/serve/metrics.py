@@ -59,4 +59,4 @@ class Metrics:
 
 
 def _load(served: Served, which: int) -> float:
-    return served.engine.load[which]
+    return served.batch.load[which]

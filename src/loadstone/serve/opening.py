@@ -12,7 +12,7 @@ from ..report import checkpoint_facts, identity_facts, plan_rows
 from ..tokenizer import Tokenizer
 from ..verify import VerifyReport, verify
 from ..weightmap import Identity
-from .engine import Engine
+from .batch import Batch
 from .served import Served
 
 DEFAULT_CONTEXT = 4096  # tokens of a row of the cache, unless more are asked for
@@ -42,8 +42,8 @@ def open_served(
         )
     length = min(context or DEFAULT_CONTEXT, model.config.context_length)
     n_tokens = min(tokenizer.vocab_size, model.config.vocab_size)
-    engine = Engine(model, rows=rows, length=length, waiting=waiting, n_tokens=n_tokens)
-    return Served(name, model, tokenizer, engine, int(time.time()), report(identity, found))
+    batch = Batch(model, rows=rows, length=length, waiting=waiting, n_tokens=n_tokens)
+    return Served(name, model, tokenizer, batch, int(time.time()), report(identity, found))
 
 
 def report(identity: Identity, found: VerifyReport | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import LoadstoneError
 from ..model import GPT
 from .answers import FailedError
-from .engine import PIECE, Task, Token, described
+from .batch import PIECE, Task, Token, described
 
 CHUNK = 64  # rows of logits at one time
 

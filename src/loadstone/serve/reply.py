@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from ..tokenizer import Tokenizer
 from .answers import Answer, Piece
+from .batch import Token
 from .details import details
-from .engine import Token
 
 
 @dataclass

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from ..errors import LoadstoneError
 from .answers import Answer, Wish
 from .attended import attended
+from .batch import Token
 from .details import token_text
-from .engine import Token
 from .forms import Chats, Completions
 from .metrics import Metrics
 from .prompts import embedding, prompt_logprobs
@@ -135,7 +135,7 @@ async def _echoed(served: Served, asked: CompletionRequest, prompts: Sequence[Se
         return [[] for _ in prompts]
     found = []
     for ids in prompts:
-        served.engine.check(ids)
+        served.batch.check(ids)
         found.append([Token(ids[0]), *await served.between_steps(prompt_logprobs(served.model, ids, asked.logprobs))])
     return found
 
@@ -143,7 +143,7 @@ async def _echoed(served: Served, asked: CompletionRequest, prompts: Sequence[Se
 async def _embedded(served: Served, asked: EmbeddingRequest, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     data = []
     for index, ids in enumerate(prompts):
-        served.engine.check(ids)
+        served.batch.check(ids)
         vector = await served.between_steps(embedding(served.model, ids, asked.pooling))
         value: Any = vector
         if asked.encoding_format == "base64":
@@ -154,12 +154,12 @@ async def _embedded(served: Served, asked: EmbeddingRequest, prompts: Sequence[S
 
 def _choices(served: Served, wishes: Sequence[Wish], timeout: float) -> list[Choice]:
     """All of them begun, or none."""
-    if len(wishes) > served.engine.most:
-        raise LoadstoneError(f"{len(wishes)} answers at once, but {served.name} has room for {served.engine.most}.")
+    if len(wishes) > served.batch.most:
+        raise LoadstoneError(f"{len(wishes)} answers at once, but {served.name} has room for {served.batch.most}.")
     choices: list[Choice] = []
     try:
         for index, wish in enumerate(wishes):
-            choices.append(Choice(index, Answer(served.engine, served.tokenizer, wish, timeout=timeout)))
+            choices.append(Choice(index, Answer(served.batch, served.tokenizer, wish, timeout=timeout)))
     except LoadstoneError:
         for choice in choices:
             choice.answer.cancel()

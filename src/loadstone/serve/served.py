@@ -12,7 +12,7 @@ from ..errors import LoadstoneError
 from ..model import GPT
 from ..tokenizer import Tokenizer
 from .answers import FailedError
-from .engine import Engine, Result, Task, Work
+from .batch import Batch, Result, Task, Work
 
 
 class UnknownModelError(LoadstoneError):
@@ -31,13 +31,13 @@ class Served:
     name: str
     model: GPT
     tokenizer: Tokenizer
-    engine: Engine
+    batch: Batch
     created: int
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def context(self) -> int:
-        return self.engine.slots.length
+        return self.batch.slots.length
 
     @property
     def parameters(self) -> int:
@@ -46,7 +46,7 @@ class Served:
     @property
     def summary(self) -> str:
         """One line: what is served, and the memory of its cache, which never grows."""
-        slots, config = self.engine.slots, self.model.config
+        slots, config = self.batch.slots, self.model.config
         proof = self.report.get("verify")
         return (
             f"{self.name}: {config.architecture}, {self.parameters:,} parameters, "
@@ -102,7 +102,7 @@ class Served:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, None, FailedError(reason))
 
-        self.engine.add(Work(steps(), fail))
+        self.batch.add(Work(steps(), fail))
         return await future
 
 

@@ -50,11 +50,11 @@ class End:
 
 @dataclass
 class Job:
-    """A request as the engine sees it.
+    """A request as the batch sees it.
 
     Attributes:
         ids: the prompt.
-        deliver: called in the engine's thread with each Token, and with one End at last; it must not block.
+        deliver: called in the batch's thread with each Token, and with one End at last; it must not block.
         seed: of this request alone.
         logprobs: how many of the likeliest tokens to name beside each one; None for no log-probabilities at all.
         deadline: of time.monotonic().
@@ -95,7 +95,7 @@ class _Row:
     made: int = 0
 
 
-class Engine:
+class Batch:
     """The batch of one model.
 
     Args:
@@ -314,13 +314,13 @@ def described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
 
 
 class Worker(threading.Thread):
-    """The thread that computes: one step of each engine in turn, so that models do not fight for the cores."""
+    """The thread that computes: one step of each batch in turn, so that models do not fight for the cores."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         super().__init__(name="loadstone-worker", daemon=True)
-        self._engines, self._work, self._closing = engines, threading.Condition(), False
-        for engine in engines:
-            engine.wake = self._notify
+        self._batches, self._work, self._closing = batches, threading.Condition(), False
+        for batch in batches:
+            batch.wake = self._notify
 
     def _notify(self) -> None:
         with self._work:
@@ -329,14 +329,14 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._closing or any(engine.busy for engine in self._engines))
+                self._work.wait_for(lambda: self._closing or any(batch.busy for batch in self._batches))
             if self._closing:
                 break
-            for engine in self._engines:
-                if engine.busy:
-                    engine.step()
-        for engine in self._engines:
-            engine.close("the server is shutting down.")
+            for batch in self._batches:
+                if batch.busy:
+                    batch.step()
+        for batch in self._batches:
+            batch.close("the server is shutting down.")
 
     def close(self, timeout: float | None = None) -> None:
         """End what runs, and wait for the thread."""

@@ -14,8 +14,8 @@ from loadstone.errors import LoadstoneError
 from loadstone.generate import generate
 from loadstone.model import GPT
 from loadstone.sampling import Sampling
-from loadstone.serve import engine as engine_file
-from loadstone.serve.engine import End, Engine, FullError, Job, Token, Work, Worker
+from loadstone.serve import batch as batch_file
+from loadstone.serve.batch import Batch, End, FullError, Job, Token, Work, Worker
 from small_gpt import small_gpt, small_llama, small_neox
 
 MODELS = {"gpt2": small_gpt, "llama": small_llama, "neox": small_neox}
@@ -47,10 +47,10 @@ def prompts(n: int, seed: int = 0) -> list[list[int]]:
     return [shared[: source.choice((0, 17))] + ids[:6] for ids in made]
 
 
-def run(engine: Engine) -> int:
+def run(batch: Batch) -> int:
     steps = 0
-    while engine.busy:
-        engine.step()
+    while batch.busy:
+        batch.step()
         steps += 1
     return steps
 
@@ -67,20 +67,20 @@ def alone(model: GPT, answer: Answer) -> tuple[list[int], str]:
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("piece", [1, 5, 256])
 def test_each_answer_is_the_one_it_would_be_alone(family: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_file, "PIECE", piece)
+    monkeypatch.setattr(batch_file, "PIECE", piece)
     model = MODELS[family]()
-    engine = Engine(model, rows=4, waiting=99)
+    batch = Batch(model, rows=4, waiting=99)
     source = random.Random(1)
     answers = []
     for number, ids in enumerate(prompts(30)):
         sampling = Sampling(temperature=1.2, top_k=30) if number % 3 == 0 else Sampling()
         stop = frozenset(source.sample(range(61), 4))
         answers.append(Answer(ids, source.randrange(1, 12), sampling=sampling, seed=number, stop_ids=stop))
-        engine.submit(answers[-1].job)
+        batch.submit(answers[-1].job)
         for _ in range(source.randrange(4)):
-            engine.step()
-    run(engine)
-    assert engine.slots.busy == 0
+            batch.step()
+    run(batch)
+    assert batch.slots.busy == 0
     for answer in answers:
         assert answer.end
         assert (answer.tokens, answer.end.reason) == alone(model, answer)
@@ -89,25 +89,25 @@ def test_each_answer_is_the_one_it_would_be_alone(family: str, piece: int, monke
 
 
 def test_a_long_prompt_does_not_keep_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_file, "PIECE", 4)
-    engine = Engine(small_gpt(), rows=2)
+    monkeypatch.setattr(batch_file, "PIECE", 4)
+    batch = Batch(small_gpt(), rows=2)
     first, second = Answer([1, 2], 10), Answer(list(range(20)), 2)
-    engine.submit(first.job)
-    engine.step()
-    engine.submit(second.job)
-    engine.step()
-    engine.step()
+    batch.submit(first.job)
+    batch.step()
+    batch.submit(second.job)
+    batch.step()
+    batch.step()
     assert (len(first.tokens), len(second.tokens)) == (3, 0)
-    run(engine)
-    assert second.tokens == alone(engine.model, second)[0]
+    run(batch)
+    assert second.tokens == alone(batch.model, second)[0]
 
 
 def test_log_probabilities_are_the_models_own() -> None:
     model = small_gpt()
-    engine = Engine(model)
+    batch = Batch(model)
     answer = Answer([3, 4, 5], 3, logprobs=2, sampling=Sampling(temperature=2.0, top_k=1))
-    engine.submit(answer.job)
-    run(engine)
+    batch.submit(answer.job)
+    run(batch)
     ids = [3, 4, 5]
     for token in answer.told[:-1]:
         assert isinstance(token, Token)
@@ -119,28 +119,28 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 
 def test_a_client_that_left_frees_its_row_at_the_next_step() -> None:
-    engine = Engine(small_gpt(), rows=1)
+    batch = Batch(small_gpt(), rows=1)
     gone, waits, never = Answer([1], 20), Answer([2], 2), Answer([3], 2)
     for answer in (gone, waits, never):
-        engine.submit(answer.job)
-    engine.step()
+        batch.submit(answer.job)
+    batch.step()
     never.job.cancelled = gone.job.cancelled = True
-    engine.step()
+    batch.step()
     assert gone.end == End("cancelled")
     assert waits.tokens
-    run(engine)
+    run(batch)
     assert never.end == End("cancelled")
     assert not never.tokens
 
 
 def test_time_is_over_while_it_waits_and_while_it_runs() -> None:
-    engine = Engine(small_gpt(), rows=1)
+    batch = Batch(small_gpt(), rows=1)
     runs, waits = Answer([1], 20, deadline=time.monotonic() + 0.05), Answer([2], 2, deadline=time.monotonic() + 0.05)
-    engine.submit(runs.job)
-    engine.submit(waits.job)
-    engine.step()
+    batch.submit(runs.job)
+    batch.submit(waits.job)
+    batch.step()
     time.sleep(0.06)
-    run(engine)
+    run(batch)
     for answer in (runs, waits):
         assert answer.end
         assert answer.end.reason == "timeout"
@@ -149,93 +149,93 @@ def test_time_is_over_while_it_waits_and_while_it_runs() -> None:
 
 @pytest.mark.parametrize("waiting", [0, 2])
 def test_more_than_rows_and_queue_hold_is_refused(waiting: int) -> None:
-    engine = Engine(small_gpt(), rows=1, waiting=waiting)
+    batch = Batch(small_gpt(), rows=1, waiting=waiting)
     for _ in range(1 + waiting):
-        engine.submit(Answer([1], 2).job)
+        batch.submit(Answer([1], 2).job)
     for _ in range(2):
         with pytest.raises(FullError):
-            engine.submit(Answer([1]).job)
-        engine.step()
-    engine.submit(Answer([1]).job)
+            batch.submit(Answer([1]).job)
+        batch.step()
+    batch.submit(Answer([1]).job)
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([61], "outside"), ([1] * 25, "the context is 24")])
 def test_prompts_that_cannot_be_answered_are_refused_at_once(ids: list[int], message: str) -> None:
     with pytest.raises(LoadstoneError, match=message):
-        Engine(small_gpt()).submit(Answer(ids).job)
+        Batch(small_gpt()).submit(Answer(ids).job)
 
 
 def test_a_failed_step_ends_its_requests_and_nothing_of_it_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(small_gpt(), rows=2)
+    batch = Batch(small_gpt(), rows=2)
     before = Answer([5] * 18, 1)
-    engine.submit(before.job)
+    batch.submit(before.job)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine.model, "hidden", fail)
-    engine.step()
+    monkeypatch.setattr(batch.model, "hidden", fail)
+    batch.step()
     assert before.end == End("error", "RuntimeError: out of memory")
     monkeypatch.undo()
     after = Answer([5] * 18, 3)
-    engine.submit(after.job)
-    run(engine)
+    batch.submit(after.job)
+    run(batch)
     assert after.job.known == 0
-    assert after.tokens == alone(engine.model, after)[0]
+    assert after.tokens == alone(batch.model, after)[0]
 
 
 def test_one_thread_for_several_models_ends_everything_when_it_closes() -> None:
-    engines = [Engine(small_gpt(), rows=2), Engine(small_llama(), rows=2)]
-    worker = Worker(engines)
+    batches = [Batch(small_gpt(), rows=2), Batch(small_llama(), rows=2)]
+    worker = Worker(batches)
     worker.start()
     answers = [Answer(ids, 4) for ids in prompts(8)]
     for number, answer in enumerate(answers):
-        engines[number % 2].submit(answer.job)
+        batches[number % 2].submit(answer.job)
     until = time.monotonic() + 30
     while not all(answer.end for answer in answers) and time.monotonic() < until:
         time.sleep(0.01)
     for number, answer in enumerate(answers):
-        assert answer.tokens == alone(engines[number % 2].model, answer)[0]
+        assert answer.tokens == alone(batches[number % 2].model, answer)[0]
     worker.close(30)
     assert not worker.is_alive()
 
 
 def test_scores_that_are_not_finite_end_only_their_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(small_gpt())
+    batch = Batch(small_gpt())
     answers = [Answer([number, 7, 9], 4) for number in range(3)]
     for answer in answers:
-        engine.submit(answer.job)
-    engine.step()
-    whole = engine.model.logits
+        batch.submit(answer.job)
+    batch.step()
+    whole = batch.model.logits
 
     def damaged(x: torch.Tensor) -> torch.Tensor:
         logits_BV = whole(x)
         logits_BV[1] = float("nan")
         return logits_BV
 
-    monkeypatch.setattr(engine.model, "logits", damaged)
-    engine.step()
+    monkeypatch.setattr(batch.model, "logits", damaged)
+    batch.step()
     monkeypatch.undo()
-    run(engine)
+    run(batch)
     assert [answer.end and answer.end.reason for answer in answers] == ["length", "error", "length"]
-    assert [answers[at].tokens for at in (0, 2)] == [alone(engine.model, answers[at])[0] for at in (0, 2)]
+    assert [answers[at].tokens for at in (0, 2)] == [alone(batch.model, answers[at])[0] for at in (0, 2)]
 
 
 def test_other_work_takes_turns_and_is_told_when_it_will_not_end() -> None:
-    engine, done, told = Engine(small_gpt(), waiting=1), [], list[str]()
+    batch, done, told = Batch(small_gpt(), waiting=1), [], list[str]()
 
     def steps(name: str, n: int) -> Iterator[None]:
         for number in range(n):
             done.append(f"{name}{number}")
             yield
 
-    engine.add(Work(steps("a", 9), told.append))
-    engine.add(Work(steps("b", 1), told.append))
+    batch.add(Work(steps("a", 9), told.append))
+    batch.add(Work(steps("b", 1), told.append))
     with pytest.raises(FullError):
-        engine.add(Work(steps("c", 1), told.append))
+        batch.add(Work(steps("c", 1), told.append))
     for _ in range(5):
-        engine.step()
+        batch.step()
     assert done == ["a0", "b0", "a1", "a2"]  # the step in which b has ended is nobody else's
-    engine.close("it is over")
+    batch.close("it is over")
     assert told == ["it is over"]
-    assert not engine.busy
+    assert not batch.busy
