@@ -44,15 +44,16 @@ def test_it_is_what_the_definition_says() -> None:
     weight, x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)), inputs(K)
     gram = (x.T @ x).double()
     found = gptq(weight, x.T @ x, kind)
+    order = gram.diagonal().argsort(descending=True)
     damped = gram + module.DAMPING * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     left, values = weight.double().clone(), found.values().double()
-    for k in range(K):
-        # What is known to be wrong with inputs up to k is made up for by the later ones as well as it can be.
-        rest = slice(k + 1, K)
-        wrong = left[:, k] - values[:, k]
-        left[:, rest] += torch.outer(wrong, torch.linalg.solve(damped[rest, rest], damped[rest, k]))
+    for place, k in enumerate(order.tolist()):
         scale = found.grid.scales[:, k // SIZE].double()
-        assert ((left[:, k] - values[:, k]).abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
+        wrong = left[:, k] - values[:, k]
+        assert (wrong.abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
+        # What is known to be wrong so far is made up for by the later inputs as well as it can be.
+        rest = order[place + 1 :]
+        left[:, rest] += torch.outer(wrong, torch.linalg.solve(damped[rest][:, rest], damped[rest, k]))
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Tensor:
