@@ -13,7 +13,7 @@ from loadstone.errors import LoadstoneError
 from loadstone.quantize import gptq as module
 from loadstone.quantize.blocks import SIZE, TYPES, BlockType
 from loadstone.quantize.gptq import gptq, inverse_factor
-from loadstone.quantize.grid import nearest
+from loadstone.quantize.grid import best_grid, nearest
 
 
 def inputs(K: int, N: int = 400, seed: int = 0) -> Tensor:
@@ -46,14 +46,18 @@ def test_it_is_what_the_definition_says() -> None:
     found = gptq(weight, x.T @ x, kind)
     order = gram.diagonal().argsort(descending=True)
     damped = gram + module.DAMPING * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    left, values = weight.double().clone(), found.values().double()
+    left, values, costs = weight.double().clone(), found.values().double(), torch.zeros(K, dtype=torch.float64)
     for place, k in enumerate(order.tolist()):
         scale = found.grid.scales[:, k // SIZE].double()
         wrong = left[:, k] - values[:, k]
         assert (wrong.abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
         # What is known to be wrong so far is made up for by the later inputs as well as it can be.
         rest = order[place + 1 :]
-        left[:, rest] += torch.outer(wrong, torch.linalg.solve(damped[rest][:, rest], damped[rest, k]))
+        made_up = torch.linalg.solve(damped[rest][:, rest], damped[rest, k])
+        costs[k] = damped[k, k] - damped[k, rest] @ made_up  # of an error of 1, after all that can be made up
+        left[:, rest] += torch.outer(wrong, made_up)
+    grid = best_grid(weight.view(3, -1, SIZE), kind, costs.float().view(-1, SIZE))
+    assert torch.equal(grid.scales, found.grid.scales)
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Tensor:
