@@ -2,11 +2,11 @@
 
     python benchmarks/quantize.py SRC [--windows 0] [--calibration self] [--rows 64] [--only Q4_0:gptq,...] [--json]
 
-Protocol: WikiText-2 raw, test set, as it is; windows of 512 tokens, each token scored once, with what stands before it
-in its window (all windows, or so many, evenly spread); float32; "before" is SRC loaded in float32, whatever it is stored
-as. Embedding and head are Q8_0. Nothing is calibrated on WikiText-2. "Own text" is the same for 32 rows of 256 tokens
-that the model wrote before it was quantised (another seed than the calibration's): there the rise is KL(before ||
-after). Intervals are 95%, over blocks of 256 neighbouring tokens. Seconds are of quantisation alone.
+Protocol: WikiText-2 raw, test set, as it is; windows of 512 tokens (all, or so many, evenly spread), each token scored
+once, with what stands before it in its window; float32; "before" is SRC loaded in float32, whatever it is stored as.
+Embedding and head are Q8_0. Nothing is calibrated on WikiText-2. "Own text" is the same for 32 rows of 256 tokens that
+the model wrote before it was quantised (another seed than the calibration's): there the rise is KL(before || after).
+Intervals are 95%, over blocks of 256 neighbouring tokens. Seconds are of quantisation alone.
 """
 
 from __future__ import annotations

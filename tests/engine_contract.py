@@ -68,6 +68,8 @@ def play(engine: Engine, model: GPT) -> None:
         one.prefill({0: list(range(len(one.rows[0]), end))})
     one.reset([0])
     one.prefill({0: list(range(model.config.context_length))})
+    one.reset([21])
+    one.prefill({0: [1, 2, 3]})  # to the last slot, though an engine may pad it
     with pytest.raises(IndexError, match=r"position 24 is beyond the limit of 24 tokens"):
         engine.decode(one.cache, [1])
     with pytest.raises(ValueError, match="cannot be set to"):

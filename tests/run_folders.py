@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def quantised_units() -> list[Row]:
     ]
 
 
-def write_quantised(folder: Path, units: list[Row] | None = None) -> Path:
+def write_quantised(folder: Path, units: Sequence[Row] | None = None) -> Path:
     """As `loadstone quantize` leaves its report."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quantize.json").write_text(json.dumps({"units": quantised_units() if units is None else units}))

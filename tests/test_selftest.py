@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loadstone.checks import Check
 from loadstone.diagnose import selftest
-from loadstone.diagnose.selftest import LENGTHS, WAYS, EngineMissingError, Run, self_test
+from loadstone.diagnose.selftest import LENGTHS, WAYS, Run, self_test
+from loadstone.engines.protocol import EngineMissingError
 from loadstone.errors import LoadstoneError
 from loadstone.model import GPT
 from test_model import SWITCHES, hostile

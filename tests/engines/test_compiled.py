@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from engine_contract import PROMPTS, check_generation, play
-from loadstone.engines import start_engine
+from loadstone.engines import compiled, start_engine
 from loadstone.engines.compiled import CompileEngine, bucket
 from loadstone.engines.protocol import EngineMissingError
 from loadstone.generate import generate
@@ -40,6 +40,14 @@ def graphs() -> int:
 def test_it_keeps_the_contract(make: Callable[[], GPT]) -> None:
     model = make().eval()
     play(start_engine("compile", model), model)
+
+
+def test_it_keeps_the_contract_in_small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts padded to 2, 4, 8, ..., and caches that grow from 4 slots on."""
+    monkeypatch.setattr(compiled, "SMALLEST_PROMPT", 2)
+    monkeypatch.setattr(compiled, "SMALLEST_CACHE", 4)
+    model = small_gpt(1).eval()
+    play(CompileEngine(model), model)
 
 
 def test_generation_is_the_models_own() -> None:

@@ -21,7 +21,8 @@ from loadstone.engines.fields import COMMON, require_fields
 from loadstone.engines.slots import SlotCache
 from loadstone.errors import LoadstoneError
 from loadstone.generate import generate
-from loadstone.model import GPT, KVCache
+from loadstone.model import GPT
+from loadstone.positions import KVCache
 from small_gpt import small_gpt, small_llama, small_neox
 
 MODELS = {"gpt2": small_gpt, "llama": small_llama, "neox": small_neox}

@@ -15,7 +15,7 @@ from loadstone.evaluate.run import evaluate
 from loadstone.evaluate.tasks import task_named
 from loadstone.evaluate.tasks.text import file_task
 from loadstone.save import save_model
-from loadstone.serve.engine import Engine
+from loadstone.serve.batch import Batch
 from loadstone.serve.served import Served
 from peers.test_harness import PASSAGES, QUESTIONS, TEXT, metric, task
 from serving import serving
@@ -44,7 +44,7 @@ def test_the_harness_gives_our_numbers_through_the_api(
         task(tmp_path, "text_here", [{"page": SHORT}], output_type="loglikelihood_rolling", doc_to_text="",
              doc_to_target="{{page}}", **metric("bits_per_byte")),
     ]  # fmt: skip
-    served = Served("small", model, gpt2_like(), Engine(model, rows=4, n_tokens=KNOWN), 1)
+    served = Served("small", model, gpt2_like(), Batch(model, rows=4, n_tokens=KNOWN), 1)
     with serving(served) as server:
         arguments = {
             "model": "small", "base_url": f"{server.url}/v1/completions", "tokenizer": str(tmp_path / "model"),

@@ -50,7 +50,7 @@ def test_the_figure(tmp_path: Path) -> None:
 
 
 def test_without_calibration_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    units = [unit | {"losses": {}} for unit in quantised_units()]
+    units = [dict(unit, losses={}) for unit in quantised_units()]
     assert read_run(write_quantised(tmp_path, units)).sensitivity is None
 
 

@@ -111,7 +111,7 @@ def test_hostile_blocks(kind: BlockType) -> None:
     assert bool(torch.isfinite(values).all())
     assert not values[0].any()
     assert torch.allclose(values[1:3], rows[1:3], rtol=1e-3, atol=1e-3)
-    assert values[4, 0] == 65504 * max(-kind.low, kind.high)  # the largest there is
+    assert values[4, 0] == 65504 * (max(-kind.low, kind.high) + kind.minimum)  # the largest there is
 
 
 def test_importance_moves_the_scale_to_what_matters() -> None:

@@ -13,7 +13,7 @@ from loadstone.errors import LoadstoneError
 from loadstone.quantize import gptq as module
 from loadstone.quantize.blocks import SIZE, TYPES, BlockType
 from loadstone.quantize.gptq import gptq, inverse_factor
-from loadstone.quantize.grid import nearest
+from loadstone.quantize.grid import best_grid, nearest
 
 
 def inputs(K: int, N: int = 400, seed: int = 0) -> Tensor:
@@ -44,15 +44,20 @@ def test_it_is_what_the_definition_says() -> None:
     weight, x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)), inputs(K)
     gram = (x.T @ x).double()
     found = gptq(weight, x.T @ x, kind)
+    order = gram.diagonal().argsort(descending=True)
     damped = gram + module.DAMPING * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    left, values = weight.double().clone(), found.values().double()
-    for k in range(K):
-        # What is known to be wrong with inputs up to k is made up for by the later ones as well as it can be.
-        rest = slice(k + 1, K)
-        wrong = left[:, k] - values[:, k]
-        left[:, rest] += torch.outer(wrong, torch.linalg.solve(damped[rest, rest], damped[rest, k]))
+    left, values, costs = weight.double().clone(), found.values().double(), torch.zeros(K, dtype=torch.float64)
+    for place, k in enumerate(order.tolist()):
         scale = found.grid.scales[:, k // SIZE].double()
-        assert ((left[:, k] - values[:, k]).abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
+        wrong = left[:, k] - values[:, k]
+        assert (wrong.abs() <= 0.5001 * scale.abs() + clipped(left[:, k], scale)).all(), k
+        # What is known to be wrong so far is made up for by the later inputs as well as it can be.
+        rest = order[place + 1 :]
+        made_up = torch.linalg.solve(damped[rest][:, rest], damped[rest, k])
+        costs[k] = damped[k, k] - damped[k, rest] @ made_up  # of an error of 1, after all that can be made up
+        left[:, rest] += torch.outer(wrong, made_up)
+    grid = best_grid(weight.view(3, -1, SIZE), kind, costs.float().view(-1, SIZE))
+    assert torch.equal(grid.scales, found.grid.scales)
 
 
 def clipped(weight: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from ..tokenizer import Tokenizer
 SELF = "self"
 LENGTH, COUNT = 512, 64  # tokens of a row, rows
 _TOGETHER = 32  # rows that are written at once
-_MOST = 1 << 24  # characters of a text that are looked at
+_MOST, _EACH = 1 << 22, 1 << 18  # characters that are looked at: in all, and of one document
 Progress = Callable[[int, int], None]
 
 
@@ -106,11 +105,11 @@ def own_rows(
 
 
 def _beginning(source: str) -> str:
-    """The first documents of a source, some 16 million characters."""
+    """The beginnings of the first documents of a source: of an archive of books, some sixteen."""
     parts, size = [], 0
-    for document in islice(Corpus([source]), 100_000):
-        parts.append(document.text)
-        size += len(document.text)
+    for document in Corpus([source]):
+        parts.append(document.text[:_EACH])
+        size += len(parts[-1])
         if size >= _MOST:
             break
-    return "\n\n".join(parts)[:_MOST]
+    return "\n\n".join(parts)

@@ -56,6 +56,20 @@ class OpenOptions:
 
         return open_source(source, revision=self.revision, config=config_fields(self.sets), **self.as_arguments())
 
+    def load_as(self, source: str, dtype: str, device: str = "cpu") -> tuple[Identity, GPT, Tokenizer | None]:
+        """Open, plan and load with a progress bar; a plan with problems ends here."""
+        identity = self.open(source)
+        identity.plan.require_clean(str(identity.checkpoint.path))
+        from ..load import load_model, load_tokenizer_for
+
+        with progress_bar("loading") as progress:
+            model = load_model(identity, dtype=dtype, device=device, progress=progress)
+        tokenizer = load_tokenizer_for(identity)
+        for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
+            for line in lines:
+                print(f"{label}: {line}", file=sys.stderr)
+        return identity, model, tokenizer
+
 
 @dataclass
 class RunOptions(OpenOptions):
@@ -65,18 +79,7 @@ class RunOptions(OpenOptions):
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu"
 
     def load(self, source: str) -> tuple[Identity, GPT, Tokenizer | None]:
-        """Open, plan and load with a progress bar; a plan with problems ends here."""
-        identity = self.open(source)
-        identity.plan.require_clean(str(identity.checkpoint.path))
-        from ..load import load_model, load_tokenizer_for
-
-        with progress_bar("loading") as progress:
-            model = load_model(identity, dtype=self.dtype, device=self.device, progress=progress)
-        tokenizer = load_tokenizer_for(identity)
-        for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
-            for line in lines:
-                print(f"{label}: {line}", file=sys.stderr)
-        return identity, model, tokenizer
+        return self.load_as(source, self.dtype, self.device)
 
 
 @dataclass

@@ -75,7 +75,7 @@ def prune(
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     certificate = save_model(done.model, destination, tokenizer, dtype=dtype, force=force, beside=beside)
-    report["remarks"] = [*identity.remarks, *certificate["remarks"], *_own_names(done, certificate)]
+    report["remarks"] = [*certificate["remarks"], *_own_names(done, certificate)]
     if as_json:
         print_json(report)
         return

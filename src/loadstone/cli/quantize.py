@@ -76,7 +76,7 @@ def quantize(
     certificate = write_quantised(
         model, done, destination, tokenizer, report, source=identity.checkpoint.path, force=force
     )
-    report["remarks"] = [*identity.remarks, *certificate["remarks"]]
+    report["remarks"] = certificate["remarks"]
     if as_json:
         print_json(report)
         return

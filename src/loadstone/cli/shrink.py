@@ -40,14 +40,9 @@ class ShrinkOptions(OpenOptions):
     def load_float32(self, source: str) -> tuple[Identity, GPT, Tokenizer | None]:
         """The model, whose perplexity is to be compared with what becomes of it."""
         from ..kernels import keep_freed_memory
-        from ..load import load_model, load_tokenizer_for
 
-        identity = self.open(source)
-        identity.plan.require_clean(str(identity.checkpoint.path))
-        with progress_bar("loading") as progress:
-            model = load_model(identity, dtype="float32", progress=progress)
         keep_freed_memory()
-        return identity, model, load_tokenizer_for(identity)
+        return self.load_as(source, "float32")
 
     def calibration_of(self, model: GPT, tokenizer: Tokenizer | None, needed: bool) -> Rows | None:
         """The rows to calibrate on: those asked for, or the model's own text if there must be some."""

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..model import GPT, rotation
+from ..model import GPT
+from ..positions import rotation
 from .fields import require_fields
 from .protocol import Engine, EngineMissingError
 
@@ -30,19 +32,28 @@ def bucket(n: int, smallest: int, largest: int) -> int:
 
 
 class StaticCache:
-    """Keys and values [B, K, S + 1, D] of each layer, allocated once. See `protocol.Cache`.
+    """Keys and values [B, K, S + 1, D] of each layer, of a fixed size. See `protocol.Cache`.
 
-    The slot beyond the last takes what padding writes, and no query ever sees it.
+    The slot beyond the last takes what padding writes, and no query ever sees it. With `allocate` the size doubles when
+    a conversation outgrows it, which is another shape.
     """
 
-    def __init__(self, model: GPT, batch: int, length: int | None) -> None:
+    def __init__(self, model: GPT, batch: int, length: int | None, allocate: int | None = None) -> None:
         config, weight = model.config, model.tok_emb.weight
-        self.size = config.context_length if length is None else min(length, config.context_length)
-        self.slots = bucket(max(self.size, 1), SMALLEST_CACHE, config.context_length)
-        shape = (batch, config.n_kv_heads, self.slots + 1, config.head_dim)
+        self.context, self.lengths = config.context_length, [0] * batch
+        self.size = self.context if length is None else min(length, self.context)
+        slots = bucket(max(allocate or self.size, 1), SMALLEST_CACHE, self.context)
+        shape = (batch, config.n_kv_heads, slots + 1, config.head_dim)
         # One tensor each: a slice of a common one would be copied whole whenever it is written to.
         self.kv = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2 * config.n_layers)]
-        self.lengths = [0] * batch
+
+    def reserve(self, end: int) -> None:
+        """Make room up to slot `end`. Raises IndexError beyond `size`."""
+        if end > self.size:
+            raise IndexError(f"position {end - 1} is beyond the limit of {self.size} tokens")
+        more = bucket(end, SMALLEST_CACHE, self.context) + 1 - self.kv[0].shape[2]
+        if more > 0:
+            self.kv = [F.pad(kv, (0, 0, 0, more)) for kv in self.kv]  # what padding wrote is not seen here either
 
 
 class _Places:
@@ -103,14 +114,14 @@ class CompileEngine(Engine):
         self._step = torch.compile(_Step(model).eval(), dynamic=False, fullgraph=True, options={"freezing": True})
 
     def new_cache(self, batch: int = 1, length: int | None = None, *, allocate: int | None = None) -> StaticCache:
-        """As `Engine` has it, but `allocate` is nothing to a cache whose size is fixed."""
-        return StaticCache(self.model, batch, length)
+        return StaticCache(self.model, batch, length, allocate)
 
     def prefill(self, cache: StaticCache, prompts: Mapping[int, Sequence[int]]) -> Tensor:
         rows, new = list(prompts), list(prompts.values())
         if rows == list(range(len(cache.lengths))):
             return self._run(cache, new)
-        part = StaticCache(self.model, len(rows), cache.size)
+        cache.reserve(max(cache.lengths[row] for row in rows) + max(map(len, new)))
+        part = StaticCache(self.model, len(rows), cache.size, 1)
         part.kv, part.lengths = [kv[rows] for kv in cache.kv], [cache.lengths[row] for row in rows]
         logits_RV = self._run(part, new)
         for kv, changed in zip(cache.kv, part.kv, strict=True):
@@ -126,8 +137,7 @@ class CompileEngine(Engine):
     def _run(self, cache: StaticCache, new: Sequence[Sequence[int]]) -> Tensor:
         counts = [len(ids) for ids in new]
         longest = max(counts)
-        if (end := max(cache.lengths) + longest) > cache.size:
-            raise IndexError(f"position {end - 1} is beyond the limit of {cache.size} tokens")
+        cache.reserve(max(cache.lengths) + longest)
         width = longest if longest == 1 else bucket(longest, SMALLEST_PROMPT, self.config.context_length)
         ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new], device=self.device)
         starts_B, counts_B = (torch.tensor(numbers, device=self.device) for numbers in (cache.lengths, counts))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import GPTConfig
-from ..model import GPT, KVCache
+from ..model import GPT
+from ..positions import KVCache
 from .protocol import Engine
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ..config import GPTConfig
 from ..errors import LoadstoneError
-from ..model import GPT, inverse_frequencies
+from ..model import GPT
+from ..positions import inverse_frequencies
 from .max_graph import build_graph
 from .protocol import Engine
 from .slots import Floats, SlotCache

@@ -28,8 +28,9 @@ _ATTEMPTS = 6  # each with ten times the damping
 def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
     """The codes and scales of a matrix.
 
-    The grid of a block is chosen when its first input is due, from the weights as they then are, by the errors that
-    count: one at input k costs (error / upper[k, k])^2.
+    Inputs are rounded in the order of their size, the largest first ("act order"), when the most others are left to
+    make up for them; the blocks stay where they are, so their grids are chosen beforehand, by the errors that count:
+    one at the k-th input costs (error / upper[k, k])^2.
 
     Args:
         weight_MK: K a multiple of 32.
@@ -37,24 +38,23 @@ def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
 
     Raises LoadstoneError if the moments are not finite.
     """
-    left = weight_MK.float().clone()  # the weights, with the errors of the inputs before them passed on
-    upper_KK = inverse_factor(gram_KK)
-    importance_K = upper_KK.diagonal() ** -2
-    M, K = left.shape
-    codes, grids = torch.empty(M, K), []
+    order = gram_KK.diagonal().argsort(descending=True)
+    upper_KK = inverse_factor(gram_KK[order][:, order])
+    M, K = weight_MK.shape
+    importance_K = torch.empty(K).index_copy_(0, order, upper_KK.diagonal() ** -2)
+    grid = best_grid(weight_MK.float().reshape(M, -1, SIZE), kind, importance_K.view(-1, SIZE))
+    left = weight_MK.float()[:, order]  # the weights, with the errors of the inputs before them passed on
+    codes = torch.empty(M, K)
     for start in range(0, K, COLUMNS):
         stop = min(start + COLUMNS, K)
         errors = torch.empty(M, stop - start)
         for k in range(start, stop):
-            if k % SIZE == 0:
-                group = slice(k, k + SIZE)
-                grids.append(best_grid(left[:, group], kind, importance_K[group]))
-            codes[:, k : k + 1] = grids[-1].codes(left[:, k : k + 1], kind)
-            values = grids[-1].values(codes[:, k : k + 1])[:, 0]
-            errors[:, k - start] = (left[:, k] - values) / upper_KK[k, k]
+            block = Grid(*(each[:, order[k] // SIZE] for each in grid))
+            codes[:, order[k]] = block.codes(left[:, k : k + 1], kind)[:, 0]
+            rounded = block.values(codes[:, order[k], None])[:, 0]
+            errors[:, k - start] = (left[:, k] - rounded) / upper_KK[k, k]
             left[:, k + 1 : stop] -= torch.outer(errors[:, k - start], upper_KK[k, k + 1 : stop])
         left[:, stop:] -= errors @ upper_KK[start:stop, stop:]
-    grid = Grid(*(torch.stack(parts, dim=1) for parts in zip(*grids, strict=True)))
     return Rounded(kind, codes.to(torch.int8).view(M, -1, SIZE), grid)
 
 

@@ -5,7 +5,7 @@ Shapes: M rows (outputs), K inputs, G = K/32 blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class Rounded(NamedTuple):
     def values(self) -> Tensor:
         """[M, K] float32: exactly what a reader of the file computes."""
         return torch.from_numpy(decode(self.codes.numpy(), *self._floats()))
+
+    def split(self, rows: Sequence[int]) -> list[Rounded]:
+        """The matrices that lie one below the other in this one."""
+        parts = (torch.split(each, list(rows)) for each in (self.codes, *self.grid))
+        return [Rounded(self.kind, codes, Grid(scales, minima)) for codes, scales, minima in zip(*parts, strict=True)]
 
     def blocks(self) -> Bytes:
         """[M, bytes of a row], as the file has them."""

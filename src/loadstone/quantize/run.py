@@ -186,6 +186,7 @@ class _Rounding:
         self.unit_of = {part: unit for unit in units.values() for part in unit.parameters}
         self.rounded: dict[str, Rounded] = {}
         self.halves: list[str] = []
+        self.done = 0
         self.squares: dict[str, list[Tensor]] = {}  # unit -> sums over its parts, see `_note`
 
     def run(self, rows: Rows | None, losses: Mapping[str, Mapping[str, float]]) -> Quantised:
@@ -203,24 +204,34 @@ class _Rounding:
 
     def _round_stage(self, stage: Stage) -> None:
         moments = stage.moments()
+        together: dict[tuple[str | None, str], list[str]] = {}  # same inputs, same type: one matrix, rounded at once
         for layer in stage.linears:
-            if f"{layer}.weight" in self.unit_of:
-                self._round(f"{layer}.weight", moments.of(layer))
+            if unit := self.unit_of.get(f"{layer}.weight"):
+                together.setdefault((moments.leaders.get(layer), self.types[unit.name]), []).append(layer)
+        for (leader, kind), layers in together.items():
+            gram, names = moments.of(layers[0]), [f"{layer}.weight" for layer in layers]
+            if self.settings.method == "gptq" and leader and gram is not None and kind != HALF:
+                weights: list[Tensor] = [self.model.get_parameter(name) for name in names]
+                parts = gptq(torch.cat(weights), gram, TYPES[kind]).split([len(weight) for weight in weights])
+                self.rounded |= dict(zip(names, parts, strict=True))
+            for name in names:
+                self._round(name, gram)
 
     def _round(self, name: str, gram: Tensor | None = None) -> None:
-        weight = self.model.get_parameter(name).detach()
-        kind = self.types[self.unit_of[name].name]
+        """Put a matrix on its grid: the one that GPTQ has chosen, or the nearest."""
+        weight, kind = self.model.get_parameter(name).detach(), self.types[self.unit_of[name].name]
         if kind == HALF:
             self.halves.append(name)
             values = weight.half().float()
         else:
-            calibrated = self.settings.method == "gptq" and gram is not None
-            self.rounded[name] = gptq(weight, gram, TYPES[kind]) if calibrated else nearest(weight, TYPES[kind])  # type: ignore[arg-type]
+            if name not in self.rounded:
+                self.rounded[name] = nearest(weight, TYPES[kind])
             values = self.rounded[name].values()
         self._note(name, weight, values, gram)
         self.model.get_parameter(name).data = values
+        self.done += 1
         if self.progress:
-            self.progress("rounding", len(self.rounded) + len(self.halves), len(self.unit_of))
+            self.progress("rounding", self.done, len(self.unit_of))
 
     def _note(self, name: str, weight: Tensor, values: Tensor, gram: Tensor | None) -> None:
         """|Q - W|^2, |W|^2 and, over the inputs, |(Q - W) X|^2, |W X|^2 (NaN where they are unknown)."""

@@ -16,7 +16,8 @@ from itertools import count
 
 from torch import Tensor
 
-from ..model import GPT, KVCache
+from ..model import GPT
+from ..positions import KVCache
 
 LEAST = 16  # tokens; a shorter common beginning is read again rather than copied
 
