@@ -161,8 +161,12 @@ def test_budgets_that_cannot_be_met() -> None:
     units = {"a": [Choice("small", 10, 0.5), Choice("large", 20, 0.1)]}
     assert choose(units, most_loss=0.1) == {"a": "large"}
     assert choose(units, most_loss=0.5) == {"a": "small"}
-    with pytest.raises(LoadstoneError, match="9 bytes are too few"):
+    with pytest.raises(LoadstoneError, match=r"9 bytes are too few: .* take 10, 0 of these"):
         choose(units, most_bytes=9)
+    fixed = Choice("F16", 5, 0.2)
+    assert choose(units, fixed, most_bytes=25) == choose(units, fixed, most_loss=0.3) == {"a": "large"}
+    with pytest.raises(LoadstoneError, match=r"14 bytes are too few: .* take 15, 5 of these"):
+        choose(units, fixed, most_bytes=14)
     with pytest.raises(LoadstoneError, match="nats per token are lost even"):
         choose(units, most_loss=0.05)
     with pytest.raises(LoadstoneError, match="nats per token are lost even"):

@@ -14,7 +14,7 @@ import typer
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
 from .options import Json, Many, Src, need, print_json, progress_bar
-from .shrink import ShrinkOptions, described
+from .shrink import ShrinkOptions, comparison, described
 
 if TYPE_CHECKING:
     from ..calibrate.measure import Change
@@ -59,8 +59,9 @@ def prune(
     settings = Settings(sparsity, method, structure)
     identity, model, tokenizer = options.load_float32(source)
     _require_place(destination, identity.checkpoint)
-    compare = options.compared(model, tokenizer)
+    what = options.examined(model, tokenizer)
     rows = options.calibration_of(model, tokenizer, settings.needs_rows)
+    compare = comparison(model, what)
     with progress_bar("pruning") as progress:
         done = run(model, settings, rows, progress)
     report: dict[str, Any] = {"source": source, **done.as_dict()}

@@ -12,7 +12,7 @@ import typer
 from ..checkpoint.wording import size_text, visible
 from ..errors import LoadstoneError
 from .options import Json, Src, print_json, progress_bar
-from .shrink import ShrinkOptions, described
+from .shrink import ShrinkOptions, comparison, described
 from .write import parse_size
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def quantize(
     identity, model, tokenizer = options.load_float32(source)
     units_of(identity.config)  # an architecture that GGUF has no names for is refused here
     require_place(destination, identity.checkpoint, force=force)
-    compare = options.compared(model, tokenizer)
+    what = options.examined(model, tokenizer)
     rows = options.calibration_of(model, tokenizer, settings.needs_rows)
+    compare = comparison(model, what)
     with _stages() as progress:
         done = run(model, settings, rows, progress)
     change = compare(model)

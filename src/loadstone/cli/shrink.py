@@ -12,7 +12,7 @@ import typer
 from .options import OpenOptions, progress_bar
 
 if TYPE_CHECKING:
-    from ..calibrate.measure import Change
+    from ..calibrate.measure import Change, Examination
     from ..calibrate.rows import Rows
     from ..model import GPT
     from ..tokenizer import Tokenizer
@@ -54,23 +54,29 @@ class ShrinkOptions(OpenOptions):
         with progress_bar("writing text to calibrate on" if source == SELF else "reading") as progress:
             return calibration_rows(model, tokenizer, source, count=self.rows, seed=self.seed, progress=progress)
 
-    def compared(self, model: GPT, tokenizer: Tokenizer | None) -> Callable[[GPT], Change]:
-        """Measures the model now, and gives what compares another one with it."""
-        from ..calibrate.measure import change, examination, nats
+    def examined(self, model: GPT, tokenizer: Tokenizer | None) -> Examination:
+        """What perplexity is measured on."""
+        from ..calibrate.measure import examination
 
         with progress_bar("writing text to measure on") as progress:
-            what = examination(
+            return examination(
                 model, tokenizer, text=self.text, task=self.task, context=self.context, limit=self.limit,
                 progress=progress,
             )  # fmt: skip
-        with progress_bar("perplexity before") as progress:
-            before = nats(model, what, progress)
 
-        def compare(changed: GPT) -> Change:
-            with progress_bar("perplexity after") as progress:
-                return change(before, nats(changed, what, progress), what)
 
-        return compare
+def comparison(model: GPT, what: Examination) -> Callable[[GPT], Change]:
+    """Measures the model now, and gives what compares another one with it."""
+    from ..calibrate.measure import change, nats
+
+    with progress_bar("perplexity before") as progress:
+        before = nats(model, what, progress)
+
+    def compare(changed: GPT) -> Change:
+        with progress_bar("perplexity after") as progress:
+            return change(before, nats(changed, what, progress), what)
+
+    return compare
 
 
 def described(change: Change) -> str:

@@ -30,22 +30,29 @@ class _Step(NamedTuple):
 
 
 def choose(
-    units: Mapping[str, list[Choice]], *, most_bytes: int | None = None, most_loss: float | None = None
+    units: Mapping[str, list[Choice]],
+    fixed: Choice | None = None,
+    *,
+    most_bytes: int | None = None,
+    most_loss: float | None = None,
 ) -> dict[str, str]:
     """Unit -> type, beginning with the smallest and adding where it helps most.
 
     Args:
-        most_bytes: of all units together; None: any.
-        most_loss: stop as soon as the estimated loss of all units together is not above; None: go on.
+        fixed: bytes and loss of what there is no choice about; both count.
+        most_bytes: of all together; None: any.
+        most_loss: stop as soon as the estimated loss of all together is not above; None: go on.
 
     Raises LoadstoneError if even the smallest types, or the least loss, break the budget.
     """
     chosen = {unit: min(choices, key=lambda choice: choice.nbytes) for unit, choices in units.items()}
-    nbytes, loss = (sum(getattr(choice, what) for choice in chosen.values()) for what in ("nbytes", "loss"))
+    counted = [*chosen.values(), *([fixed] if fixed else [])]
+    nbytes, loss = (sum(getattr(choice, what) for choice in counted) for what in ("nbytes", "loss"))
     if most_bytes is not None and nbytes > most_bytes:
         raise LoadstoneError(
-            f"--budget-size: {most_bytes:,} bytes are too few; in the smallest type these tensors take "
-            f"{nbytes:,}. Allow more, or a smaller type for the embeddings (--embedding)."
+            f"--budget-size: {most_bytes:,} bytes are too few: with the smallest type everywhere the matrices take "
+            f"{nbytes:,}, {fixed.nbytes if fixed else 0:,} of these the embeddings. Allow more, or a smaller type for "
+            "the embeddings (--embedding)."
         )
     for step in sorted(_steps(units), reverse=True):
         if most_loss is not None and loss <= most_loss:

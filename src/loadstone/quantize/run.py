@@ -166,13 +166,13 @@ def _chosen(units: Mapping[str, Unit], settings: Settings, losses: Mapping[str, 
         for name, unit in units.items()
         if unit.in_blocks and not unit.embedding
     }
-    fixed = [name for name in units if name not in free]
-    size, loss = settings.budget_size, settings.budget_loss
-    if size is not None:
-        size -= sum(units[name].nbytes(types[name]) for name in fixed)
-    if loss is not None:
-        loss -= sum(losses.get(name, {}).get(types[name], 0.0) for name in fixed)
-    return types | choose(free, most_bytes=size, most_loss=loss)
+    others = [name for name in units if name not in free]
+    fixed = Choice(
+        "as asked",
+        sum(units[name].nbytes(types[name]) for name in others),
+        sum(losses.get(name, {}).get(types[name], 0.0) for name in others),
+    )
+    return types | choose(free, fixed, most_bytes=settings.budget_size, most_loss=settings.budget_loss)
 
 
 class _Rounding:
