@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import LoadstoneError
+
+if TYPE_CHECKING:  # engines without torch use the settings
+    import torch
+    from torch import Tensor
+
+NOT_FINITE = (
+    "the model gives no finite score for the next token: its weights or its config are broken. `loadstone verify` tells "
+    "which."
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,12 @@ def choose(
         sampling: the settings.
         generators: one source of randomness per row, so that a row draws the same in a batch as alone.
     """
+    import torch
+
     scores = logits_BV.float()
     highest = scores.amax(dim=-1, keepdim=True)
     if not torch.isfinite(highest).all():
-        raise LoadstoneError(
-            "the model gives no finite score for the next token: its weights or its config are broken. "
-            "`loadstone verify` tells which."
-        )
+        raise LoadstoneError(NOT_FINITE)
     if sampling.repetition_penalty != 1.0:
         scores = penalise(scores, histories, sampling.repetition_penalty)
         highest = scores.amax(dim=-1, keepdim=True)
@@ -72,6 +78,8 @@ def choose(
 
 def penalise(scores_BV: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Make tokens that a row has seen less likely (more, if penalty < 1)."""
+    import torch
+
     scores_BV = scores_BV.clone()
     for row, history in zip(scores_BV, histories, strict=True):
         seen = torch.tensor(sorted(set(history)), device=row.device, dtype=torch.long)
@@ -81,6 +89,8 @@ def penalise(scores_BV: Tensor, histories: Sequence[Sequence[int]], penalty: flo
 
 def keep(scores_BV: Tensor, sampling: Sampling) -> Tensor:
     """Scores with everything that top-k, top-p or min-p leaves out at -inf; the likeliest token always stays."""
+    import torch
+
     if sampling.top_k is not None and sampling.top_k < scores_BV.shape[-1]:
         lowest = scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < lowest, -torch.inf)
