@@ -22,7 +22,7 @@ LAYERS = [
     {"weightmap", "sampling", "kernels"},
     {"tokenizer"},
     {"load", "certificate"},
-    {"diagnose", "generate", "report", "diff", "sizes", "layouts"},
+    {"diagnose", "generate", "report", "diff", "sizes", "layouts", "native"},
     {"verify"},
     {"convert"},
     {"save"},
@@ -48,6 +48,7 @@ TORCH_FREE = (
     "certificate",
     "layouts",
     "convert",
+    "native",
 )
 
 

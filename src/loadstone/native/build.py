@@ -41,6 +41,11 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
 
 
+def platform_tag() -> str:
+    """A wheel's. Linux only: elsewhere nothing is built."""
+    return f"linux_{platform.machine()}"
+
+
 def find_compiler() -> str | None:
     """$CXX, g++ or c++."""
     wanted = os.environ.get("CXX", "")
@@ -74,8 +79,10 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             problem = next(filter(None, pool.map(_run, commands)), "")
         new = Path(folder, "engine.so")
-        problem = problem or _run([compiler, "-shared", *checks, "-nodefaultlibs", "-o", str(new), *objects,
-                                   *(() if sanitizers else ()), "-lm", "-lpthread", "-lgcc", "-lc"])  # fmt: skip
+        # Without libstdc++, as nothing of it is used; a sanitizer's own library needs the compiler's defaults.
+        libraries = [] if sanitizers else ["-nodefaultlibs", "-lgcc"]
+        link = ["-shared", *checks, "-o", str(new), *objects, *libraries, "-lm", "-lpthread", "-lc"]
+        problem = problem or _run([compiler, *link])
         if not problem:
             shutil.copyfile(new, part := target.with_suffix(".part"))
             part.replace(target)

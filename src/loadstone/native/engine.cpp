@@ -305,7 +305,7 @@ API Engine* ls_open(const Config* config, const int32_t* types, int threads, int
         if (!pass && !(e->arena = reserve(pieces.used, true))) return destroy(e), nullptr;
     }
     lay_out(*e, nullptr);
-    if (!(e->workspace = reserve(e->workspace_bytes, false))) return destroy(e), nullptr;
+    if (!(e->workspace = reserve(e->workspace_bytes, true))) return destroy(e), nullptr;
     lay_out(*e, e->workspace);
     start_threads(*e);
     return e;

@@ -34,7 +34,7 @@ typedef h16 h16u __attribute__((aligned(2), may_alias));
 static INLINE v16 load(const void* p) { return *static_cast<const v16u*>(p); }
 static INLINE i16 load_int(const void* p) { return *static_cast<const i16u*>(p); }
 static INLINE void store(void* p, v16 x) { *static_cast<v16u*>(p) = x; }
-static INLINE v16 splat(float x) { return v16{} + x; }
+static INLINE v16 splat(float x) { return x - v16{}; }  // x + 0 would be an addition, for the sake of -0
 static INLINE i16 splat_int(int32_t x) { return i16{} + x; }
 static INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
 static INLINE v16 smaller(v16 a, v16 b) { return a < b ? a : b; }
@@ -287,6 +287,7 @@ static INLINE void multiply_int(const uint8_t* w, size_t stride, const int32_t* 
                 UNROLL for (int p = 0; p < P; p++) total[p][t] = dot(total[p][t], wj[p], xj);
             }
         }
+        if (T > 1) __asm__ volatile("" ::: "memory");  // c is read from here on, and not kept in registers before
         UNROLL for (int p = 0; p < P; p++) {
             const v16 d = load_half(w + p * stride);
             const v16 m = In::MINIMUM ? load_half(w + p * stride + 32) : v16{};
@@ -296,7 +297,6 @@ static INLINE void multiply_int(const uint8_t* w, size_t stride, const int32_t* 
                 c[p][t] = y;
             }
         }
-        if (T > 1) __asm__ volatile("" ::: "memory");
     }
 }
 
