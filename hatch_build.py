@@ -1,4 +1,4 @@
-"""The package's build compiles the native engine where it can; without a compiler the package is pure Python and whole."""
+"""The build compiles the native engine where it can; without a compiler the package is pure Python, and whole."""
 
 from __future__ import annotations
 

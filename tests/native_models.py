@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from small_gpt import LLAMA
 from torch import Tensor
 from torch.nn import functional as F
 
 from loadstone.config import GPTConfig, Rope
 from loadstone.config.others import GPT_NEOX_FIELDS
 from loadstone.load import open_source
-from loadstone.model import GPT
+from loadstone.model import GPT, Attention, Linear
 from loadstone.native import NativeEngine, open_native
+from small_gpt import LLAMA
 
 Floats = NDArray[np.float32]
 Rounding = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ def f16(x: Tensor) -> Tensor:
 def int8_groups(x: Tensor) -> Tensor:
     """Groups of 32 along the last dimension, each rounded to 127 steps of its largest number."""
     length = x.shape[-1]
-    groups = F.pad(x, (0, -length % 32)).unflatten(-1, (-1, 32))
+    groups = F.pad(x, (0, -length % 32)).reshape(*x.shape[:-1], -1, 32)
     step = groups.abs().amax(-1, keepdim=True) / 127
     whole = torch.where(step > 0, (groups / step).round() * step, groups)
     return whole.flatten(-2)[..., :length]
@@ -94,9 +94,9 @@ def emulate(model: GPT, ids: list[int], activations: Rounding, cached: Rounding)
         return F.scaled_dot_product_attention(q, cached(k), cached(v), **options)
 
     for module in model.modules():
-        if hasattr(module, "product"):
+        if isinstance(module, Linear):
             module.product = product
-        if hasattr(module, "attend"):
+        if isinstance(module, Attention):
             module.attend = attend
     logits: Floats = model.logits(activations(model.hidden(torch.tensor([ids]))))[0].numpy()
     return logits

@@ -118,8 +118,8 @@ def parameters(
 ) -> Iterator[tuple[str, Array]]:
     """Each parameter's name and value, one tensor of the file at a time; views where the ops are. No torch here.
 
-    `read` gives a step's tensor in another form than `Checkpoint.read` does (rows of blocks, say). The plan is clean and
-    a doubtful tie is settled.
+    `read` gives a step's tensor in another form than `Checkpoint.read` does (rows of blocks, say). The plan is clean
+    and a doubtful tie is settled.
     """
     checkpoint, steps = identity.checkpoint, identity.plan.steps
     total, done = sum(checkpoint.info(step.source).nbytes for step in steps), 0

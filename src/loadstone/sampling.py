@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # engines without torch use the settings
     from torch import Tensor
 
 NOT_FINITE = (
-    "the model gives no finite score for the next token: its weights or its config are broken. `loadstone verify` tells "
-    "which."
+    "the model gives no finite score for the next token: its weights or its config are broken. `loadstone verify` "
+    "tells which."
 )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_models import GPT2, MODELS, engine_of, ids_of, model_of
 
 import loadstone
 import loadstone.native.library as library_module
@@ -20,6 +19,7 @@ from loadstone.load import open_source
 from loadstone.native import NativeEngine, open_native
 from loadstone.native.library import choose_threads, missing
 from loadstone.save import save_model
+from native_models import GPT2, MODELS, engine_of, ids_of, model_of
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from native_models import GPT2, MODELS, engine_of, ids_of, model_of
-from small_gpt import LLAMA
 
 from loadstone.load import load, open_source
 from loadstone.native import available, levels, open_native
 from loadstone.save import save_model
+from native_models import GPT2, MODELS, engine_of, ids_of, model_of
+from small_gpt import LLAMA
 
 LEVELS = levels() if available() else ["portable"]
 EXACT = {"float32": np.float32, "float16": np.float16}
@@ -30,7 +30,7 @@ def rows_of(engine, model, name: str = "blocks.0.mlp.up.weight"):  # type: ignor
 def test_plain_types_are_rounded_as_numpy_and_torch_round(level: str) -> None:
     model = model_of(GPT2 | {"d_model": 44})
     extreme = [6.1e-5, 6e-8, 2.9e-8, 3e-8, 65504, 65519, 65520, 1e6, -1e-30, 0.0, -0.0, float("inf"), 1.0009765]
-    model.blocks[0].mlp.up.weight.data[0, :13] = torch.tensor(extreme)
+    model.get_parameter("blocks.0.mlp.up.weight").data[0, :13] = torch.tensor(extreme)
     for width, dtype in EXACT.items():
         weight, packed = rows_of(engine_of(model, width, level=level), model)
         with np.errstate(over="ignore"):
@@ -42,7 +42,7 @@ def test_plain_types_are_rounded_as_numpy_and_torch_round(level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_quantised_rows_lie_within_half_a_step(level: str) -> None:
     model = model_of(GPT2 | {"d_model": 80})  # the last group has 16 numbers
-    model.blocks[0].mlp.up.weight.data[3] = 0
+    model.get_parameter("blocks.0.mlp.up.weight").data[3] = 0
     weight, packed = rows_of(engine_of(model, "q8", level=level), model)
     groups = np.pad(weight, ((0, 0), (0, 16))).reshape(len(weight), 3, 32)
     step = (np.abs(groups).max(-1) / 127).repeat(32, -1)[:, :80]
@@ -88,7 +88,13 @@ def write_llama_gguf(path: Path, kind: str) -> None:
     model = model_of(fields)
     names = {"tok_emb": "token_embd", "norm": "output_norm"}
     inner = {"attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.out": "attn_output"}
-    inner |= {"mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down", "norm1": "attn_norm", "norm2": "ffn_norm"}
+    inner |= {
+        "mlp.gate": "ffn_gate",
+        "mlp.up": "ffn_up",
+        "mlp.down": "ffn_down",
+        "norm1": "attn_norm",
+        "norm2": "ffn_norm",
+    }
     for layer in range(2):
         names |= {f"blocks.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in inner.items()}
     writer = gguf.GGUFWriter(str(path), "llama")

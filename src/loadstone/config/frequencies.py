@@ -19,8 +19,8 @@ def frequencies_of(rope: Rope, dims: int) -> tuple[NDArray[np.float32], float]:
     Scalings: linear (Chen et al. 2023, arXiv:2306.15595), llama3 (Llama 3.1's `use_scaled_rope`), yarn (Peng et al.
     2023, arXiv:2309.00071), factors (GGUF's rope_freqs.weight). Values as transformers and llama.cpp compute them.
     """
-    one = np.float32(1)
-    frequencies = one / np.float32(rope.theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))  # [R/2]
+    shares = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    frequencies: NDArray[np.float32] = 1 / np.power(np.float32(rope.theta), shares)  # [R/2]
     if rope.scaling == "linear":
         return frequencies / np.float32(rope.factor), 1.0
     if rope.scaling == "factors":
@@ -37,7 +37,7 @@ def frequencies_of(rope: Rope, dims: int) -> tuple[NDArray[np.float32], float]:
         low, high = max(math.floor(low), 0), min(math.ceil(high), dims - 1)
         slow = (np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(high - low, 0.001))
         attention = rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)
-        return _blend(frequencies, one - slow.clip(0, 1), rope.factor), attention
+        return _blend(frequencies, 1 - slow.clip(0, 1), rope.factor), attention
     return frequencies, 1.0
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 
 from ..errors import LoadstoneError
 from ..load import load_tokenizer_for, open_source, require_tokenizer
+from ..tokenizer import Tokenizer
 from . import open_native
 
 
@@ -27,10 +29,14 @@ def main() -> None:
 
     identity = open_source(arguments.source)
     mark("open")
-    tokenizer = require_tokenizer(load_tokenizer_for(identity), arguments.source, identity.remarks)
-    mark("tokenizer")
+    found: list[Tokenizer | None] = []  # read while the weights are packed
+    reading = threading.Thread(target=lambda: found.append(load_tokenizer_for(identity)))
+    reading.start()
     engine = open_native(identity, width=arguments.width, threads=arguments.threads)
     mark("pack")
+    reading.join()
+    tokenizer = require_tokenizer(found[0] if found else None, arguments.source, identity.remarks)
+    mark("tokenizer")
     cache, decoder = engine.new_cache(), tokenizer.decode_stream()
     logits = engine.prefill(cache, {0: tokenizer.encode(arguments.prompt)})
     mark("prompt")
@@ -45,8 +51,8 @@ def main() -> None:
     mark("other tokens")
     print(decoder.flush())
     if arguments.times:
-        for (_, before), (name, after) in zip(marks, marks[1:], strict=False):
-            print(f"{name:<14}{(after - before) * 1e3:9.1f} ms", file=sys.stderr)
+        for place, (name, after) in enumerate(marks[1:]):
+            print(f"{name:<14}{(after - marks[place][1]) * 1e3:9.1f} ms", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ LEVELS: dict[str, Sequence[str]] = {
     "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
 }
 _FLAGS = (
-    "-std=c++17 -O3 -fPIC -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+    "-std=c++17 -O3 -fPIC -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra -Wno-psabi "
+    "-Wno-maybe-uninitialized"  # GCC 12's own headers
 ).split()
 
 

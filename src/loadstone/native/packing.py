@@ -83,8 +83,9 @@ def fill(handle: int, identity: Identity, slots: Slots, types: NDArray[np.int32]
 
     def read(step: Step) -> Array:
         same = all(AS_STORED.get(step.dtype) == types[slots.matrices[t]] for t in step.targets if t in slots.matrices)
-        blocks = isinstance(checkpoint, Gguf) and KINDS.get(step.dtype, 0) >= KINDS["Q8_0"]
-        if blocks and same and step.targets[0] in slots.matrices and not any(isinstance(o, Transpose) for o in step.ops):
+        turned = any(isinstance(op, Transpose) for op in step.ops)
+        blocks = step.targets[0] in slots.matrices and KINDS.get(step.dtype, 0) >= KINDS["Q8_0"]
+        if isinstance(checkpoint, Gguf) and blocks and same and not turned:
             return checkpoint.read_blocks(step.source)
         return checkpoint.read(step.source)
 
