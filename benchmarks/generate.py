@@ -4,9 +4,9 @@
 
 GPT-2 124M's shape with random weights, one folder for all (llama.cpp's files are converted from it), batch 1, a prompt
 of 32 tokens, 128 new ones, greedy; prefill of 512 tokens with the last one's logits, the best of three. Each
-contender is a fresh process, and they take turns; figures are medians over the rounds. *First token* counts from the start of the
-process, imports and loading included (no tokenizer, for any of them); *peak* is its largest resident memory. *Read*
-is what a plain loop over memory reaches in the same round, *reached* what the engine's weights were read with.
+contender is a fresh process, and they take turns; figures are medians over the rounds. *First token* counts from the
+start of the process, imports and loading included (no tokenizer, for any of them); *peak* is its largest resident
+memory. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights were read with.
 
 The script stops if the native engine's greedy tokens in float32 are not torch's, or if its perplexity on this
 repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width.

@@ -21,10 +21,9 @@ def frequencies_of(rope: Rope, dims: int) -> tuple[NDArray[np.float32], float]:
     """
     shares = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     frequencies: NDArray[np.float32] = 1 / np.power(np.float32(rope.theta), shares)  # [R/2]
-    if rope.scaling == "linear":
-        return frequencies / np.float32(rope.factor), 1.0
-    if rope.scaling == "factors":
-        return frequencies / np.array(rope.factors, np.float32), 1.0
+    if rope.scaling in ("linear", "factors"):
+        divisors: NDArray[np.float32] = np.array(rope.factors if rope.scaling == "factors" else rope.factor, np.float32)
+        return np.true_divide(frequencies, divisors), 1.0
     if rope.scaling == "llama3":
         turns = rope.original_context * frequencies / np.float32(2 * math.pi)  # full turns over the original context
         low, high = rope.low_freq_factor, rope.high_freq_factor

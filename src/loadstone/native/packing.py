@@ -32,7 +32,7 @@ VECTORS = (
 OTHERS = ("norm.weight", "norm.bias", "pos_emb.weight", "frequencies")
 # Types of (layers, head and embedding) for a width. The head's errors reach the scores directly.
 WIDTHS = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "float16": (F16, F16), "q8": (Q8, Q8), "q4": (Q4, Q8)}
-PIECE = 8 << 20  # bytes of a mapped tensor that are read before their pages are given back
+PIECE = 4 << 20  # bytes of a mapped tensor that are read before their pages are given back
 
 
 class Slots:
