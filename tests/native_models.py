@@ -61,8 +61,8 @@ def bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def f16(x: Tensor) -> Tensor:
-    return x.half().float()
+def same(x: Tensor) -> Tensor:
+    return x
 
 
 def int8_groups(x: Tensor) -> Tensor:
@@ -84,14 +84,19 @@ def take_weights(model: GPT, engine: NativeEngine) -> None:
 
 
 @torch.no_grad()
-def emulate(model: GPT, ids: list[int], activations: Rounding, cached: Rounding) -> Floats:
-    """Logits after every token, with rounded inputs of each product and rounded keys and values."""
+def emulate(model: GPT, ids: list[int], activations: Rounding, cached: Rounding, weights: Rounding = same) -> Floats:
+    """Logits after every token, with rounded inputs of each product, keys and values, and attention's own factors."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(activations(x), weight, bias)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return F.scaled_dot_product_attention(q, cached(k), cached(v), **options)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        group, length = q.shape[1] // k.shape[1], q.shape[2]
+        k, v = (cached(x).repeat_interleave(group, 1) for x in (k, v))
+        scores = weights(q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2)
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        likely = (scores - scores.amax(-1, keepdim=True)).exp()
+        return weights(likely) @ v / likely.sum(-1, keepdim=True)
 
     for module in model.modules():
         if isinstance(module, Linear):

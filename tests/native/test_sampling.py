@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadstone import sampling as torch_sampling
@@ -22,6 +22,7 @@ SETTINGS = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), SETTINGS, st.lists(st.integers(0, 9), max_size=5))
 def test_probabilities_are_those_of_torch(seed: int, sampling: Sampling, history: list[int]) -> None:
     scores = np.random.default_rng(seed).normal(0, 3, (2, 10)).astype(np.float32)

@@ -353,8 +353,8 @@ API Cache* ls_cache_open(const Engine* e, int rows, int slots) {
     if (rows < 1 || slots < 1 || slots > c.context) return nullptr;
     Cache* cache = static_cast<Cache*>(calloc(1, sizeof(Cache)));
     if (!cache) return nullptr;
-    cache->rows = rows, cache->slots = padded(slots), cache->f16 = c.f16_cache;
-    cache->head_bytes = size_t(cache->slots) * size_t(padded(c.head_dim)) * (c.f16_cache ? 2 : 4);
+    cache->rows = rows, cache->slots = padded(slots), cache->narrow = c.narrow_cache;
+    cache->head_bytes = size_t(cache->slots) * size_t(padded(c.head_dim)) * (c.narrow_cache ? 2 : 4);
     cache->bytes = size_t(rows) * size_t(c.layers) * size_t(c.kv_heads) * 2 * cache->head_bytes;
     cache->data = reserve(cache->bytes, false);
     if (cache->data) return cache;

@@ -51,7 +51,7 @@ struct Matrix {
 // All 32-bit, as Python's side mirrors it.
 struct Config {
     int32_t vocab, context, d_model, layers, heads, kv_heads, head_dim, d_ff;
-    int32_t rms, activation, gated, parallel, tied, learned, rope_dims, f16_cache;
+    int32_t rms, activation, gated, parallel, tied, learned, rope_dims, narrow_cache;
     float eps, rope_factor;
 };
 
@@ -69,7 +69,7 @@ struct Acts {
 };
 
 struct Cache {
-    int32_t rows, slots, f16;  // slots: a multiple of 16
+    int32_t rows, slots, narrow;  // slots: a multiple of 16; narrow: bfloat16, in pairs, instead of float32
     uint8_t* data;
     size_t bytes, head_bytes;  // head_bytes: of the keys, or the values, of one row, layer and head
 };

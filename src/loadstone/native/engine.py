@@ -22,7 +22,7 @@ from ..errors import LoadstoneError
 from ..load import settle_tie
 from ..weightmap import Identity
 from .library import Config, choose_level, choose_threads, library
-from .packing import F32, Slots, choose_types, fill
+from .packing import F16, F32, Slots, choose_types, fill
 
 Floats = NDArray[np.float32]
 
@@ -69,8 +69,8 @@ class NativeEngine:
         self.config, slots = identity.config, Slots(identity)
         types = choose_types(identity, slots, width)
         number = choose_level(level)
-        exact = all(types[slots.matrices[name]] == F32 for name in _targets(identity) if name in slots.matrices)
-        native = _native_config(self.config, f16_cache=not exact)
+        exact = all(types[slots.matrices[name]] in (F32, F16) for name in _targets(identity) if name in slots.matrices)
+        native = _native_config(self.config, narrow_cache=not exact)
         self.handle = library().ls_open(ctypes.byref(native), types.ctypes.data, choose_threads(threads), number)
         if not self.handle:
             raise MemoryError("no memory for the packed weights")
@@ -177,13 +177,13 @@ def _targets(identity: Identity) -> Iterable[str]:
     return (target for step in identity.plan.steps for target in step.targets)
 
 
-def _native_config(config: GPTConfig, *, f16_cache: bool) -> Config:
+def _native_config(config: GPTConfig, *, narrow_cache: bool) -> Config:
     c, rope = config, config.rope
     factor = frequencies_of(rope, rope.dims or c.head_dim)[1] if rope else 1.0
     return Config(
         c.vocab_size, c.context_length, c.d_model, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.d_ff,
         c.norm == "rmsnorm", ACTIVATIONS.index(c.activation), c.gated_mlp, c.parallel_residual, c.tied, rope is None,
-        (rope.dims or c.head_dim) if rope else 0, f16_cache, c.norm_eps, factor,
+        (rope.dims or c.head_dim) if rope else 0, narrow_cache, c.norm_eps, factor,
     )  # fmt: skip
 
 

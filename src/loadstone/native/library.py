@@ -20,7 +20,7 @@ class Config(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in "vocab context d_model layers heads kv_heads head_dim d_ff".split()),
-        *((name, c_int32) for name in "rms activation gated parallel tied learned rope_dims f16_cache".split()),
+        *((name, c_int32) for name in "rms activation gated parallel tied learned rope_dims narrow_cache".split()),
         *((name, c_float) for name in ("eps", "rope_factor")),
     ]
 

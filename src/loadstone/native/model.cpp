@@ -199,14 +199,14 @@ static INLINE v16 activate(int kind, v16 x) {
 // ---- products ----
 
 struct InF32 {
-    static constexpr int BYTES = 64;
+    static INLINE size_t bytes(size_t steps) { return steps * 64; }
     static INLINE v16 step(const uint8_t* w, size_t k) { return load(w + k * 64); }
 };
 struct InF16 {
-    static constexpr int BYTES = 32;
     static INLINE v16 step(const uint8_t* w, size_t k) { return load_half(w + k * 32); }
 };
 struct InBF16 {
+    static INLINE size_t bytes(size_t steps) { return (steps + 1) / 2 * 64; }
     static INLINE v16 step(const uint8_t* w, size_t k) {
         const i16 pair = load_int(w + k / 2 * 64);
         return (v16)(k & 1 ? pair & int32_t(0xffff0000) : pair << 16);
@@ -251,7 +251,8 @@ static INLINE void multiply(const uint8_t* w, size_t stride, const float* x, int
 }
 
 #if defined(__AVX512BF16__)
-template <int P, int T>
+// The same with x in pairs, at x[pair * KS + t * TS].
+template <int P, int T, int KS, int TS>
 static INLINE void multiply_bf16(const uint8_t* w, size_t stride, const uint32_t* x, int pairs, v16 (&c)[P][T]) {
     v16 total[P][T];
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) total[p][t] = v16{};
@@ -259,7 +260,7 @@ static INLINE void multiply_bf16(const uint8_t* w, size_t stride, const uint32_t
         i16 wk[P];
         UNROLL for (int p = 0; p < P; p++) wk[p] = load_int(w + p * stride + size_t(k) * 64);
         UNROLL for (int t = 0; t < T; t++) {
-            const i16 xk = splat_int(int32_t(x[size_t(k) * T + t]));
+            const i16 xk = splat_int(int32_t(x[size_t(k) * KS + t * TS]));
             UNROLL for (int p = 0; p < P; p++) total[p][t] = dot_bf16(total[p][t], wk[p], xk);
         }
     }
@@ -325,7 +326,7 @@ static void multiply_any(const Matrix& m, int panel, const Acts& a, size_t token
 #if defined(__AVX512BF16__)
             if (form(m, n_tokens) == AS_BF16) {
                 const size_t pairs = (m.cols + 1) / 2;
-                return multiply_bf16<P, T>(w, stride, a.bf16 + token * pairs, int(pairs), c);
+                return multiply_bf16<P, T, T, 1>(w, stride, a.bf16 + token * pairs, int(pairs), c);
             }
 #endif
             return multiply<InBF16, P, T, T, 1>(w, stride, x, m.cols, c);
@@ -429,6 +430,11 @@ struct Worker {
         uint32_t bits;
         memcpy(&bits, &x, 4);
         return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+    }
+
+    static INLINE h16 narrowed(v16 x) {
+        const i16 bits = (i16)x;
+        return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, h16);
     }
 
     static void quantise(Acts& a, const float* row, size_t token, int T, int t, int cols) {
@@ -591,21 +597,23 @@ struct Worker {
                 for (int g = 0; g < group; g++) rotate(q + g * D, token);
             }
             uint8_t* to = keys(call.spans[i].row, layer, h);
-            const size_t key = (size_t(slot / LANES) * D) * LANES + slot % LANES;
             for (int d = 0; d < D; d++) {
-                const size_t value = (size_t(d / LANES) * slots + slot) * LANES + d % LANES;
-                put_number(to, key + size_t(d) * LANES, k[d]);
-                put_number(to + call.cache->head_bytes, value, v[d]);
+                put_number(to, slot, D, d, k[d]);
+                put_number(to + call.cache->head_bytes, d, slots, slot, v[d]);
             }
         });
         e.team.barrier();
     }
 
-    INLINE void put_number(uint8_t* to, size_t index, float x) const {
-        if (call.cache->f16)
-            reinterpret_cast<uint16_t*>(to)[index] = to_half(splat(x))[0];
-        else
-            reinterpret_cast<float*>(to)[index] = x;
+    // Into panels of 16 rows of `steps` steps.
+    INLINE void put_number(uint8_t* to, int row, int steps, int step, float x) const {
+        const int lane = row % LANES;
+        if (call.cache->narrow) {
+            const uint16_t bits = uint16_t(to_bf16(x));
+            memcpy(to + row / LANES * InBF16::bytes(steps) + size_t(step / 2) * 64 + lane * 4 + step % 2 * 2, &bits, 2);
+        } else {
+            memcpy(to + row / LANES * InF32::bytes(steps) + size_t(step) * 64 + lane * 4, &x, 4);
+        }
     }
 
     // Items of attention are tiles of a key/value head's queries: (token, query head of its group) one after the other.
@@ -624,19 +632,24 @@ struct Worker {
             const int h = item % config.kv_heads, first = item / config.kv_heads * TILE;
             const int left = call.spans[i].count * group - first;
             each_tile(left < TILE ? left : TILE, [&](auto size, int query) {
-                if (call.cache->f16)
-                    attend_tile<InF16, size.value>(call.spans[i], layer, h, first + query);
+                if (!call.cache->narrow)
+                    attend_tile<InF32, size.value, false>(call.spans[i], layer, h, first + query);
+                else if (BF16_DOT && M > DECODE)
+                    attend_tile<InBF16, size.value, BF16_DOT>(call.spans[i], layer, h, first + query);
                 else
-                    attend_tile<InF32, size.value>(call.spans[i], layer, h, first + query);
+                    attend_tile<InBF16, size.value, false>(call.spans[i], layer, h, first + query);
             });
         });
         e.team.barrier();
     }
 
-    template <class In, int T>
+    // DOT: queries and weights in bfloat16 too.
+    template <class In, int T, bool DOT>
     void attend_tile(const Span& span, int layer, int h, int first) {
         const int D = config.head_dim, wide = padded(D), group = config.heads / config.kv_heads;
-        const size_t stride = padded(config.heads * D), value_stride = size_t(call.cache->slots) * In::BYTES;
+        const size_t stride = padded(config.heads * D), value_stride = In::bytes(call.cache->slots);
+        const size_t key_stride = In::bytes(D);
+        uint16_t* pairs = reinterpret_cast<uint16_t*>(own.queries);
         const uint8_t *k = keys(span.row, layer, h), *v = k + call.cache->head_bytes;
         const float scale = 1 / sqrtf(float(D));
         size_t place[T];
@@ -647,26 +660,33 @@ struct Worker {
             place[t] = (span.first + token) * stride + head * D;
             seen[t] = span.start + token + 1;
             highest[t] = -INFINITY, total[t] = 0;
-            for (int d = 0; d < D; d++) own.queries[d * T + t] = e.q[place[t] + d] * scale;
+            for (int d = 0; d < D; d++) {
+                const float q = e.q[place[t] + d] * scale;
+                if (DOT)
+                    pairs[(d / 2 * T + t) * 2 + d % 2] = uint16_t(to_bf16(q));
+                else
+                    own.queries[d * T + t] = q;
+            }
+            if (DOT && D % 2) pairs[(D / 2 * T + t) * 2 + 1] = 0;
         }
         memset(own.out, 0, sizeof(float) * T * wide);
         for (int from = 0; from < seen[T - 1]; from += SLOTS) {
             const int n = seen[T - 1] - from < SLOTS ? seen[T - 1] - from : SLOTS, panels = (n + LANES - 1) / LANES;
-            const uint8_t* block = k + size_t(from / LANES) * D * In::BYTES;
+            const uint8_t* block = k + from / LANES * key_stride;
             by_panels(panels, [&](auto count, int panel) {
                 constexpr int P = count.value;
                 v16 c[P][T];
-                multiply<In, P, T, T, 1>(block + size_t(panel) * D * In::BYTES, size_t(D) * In::BYTES, own.queries, D, c);
+                score<In, P, T, T, 1, DOT>(block + panel * key_stride, key_stride, own.queries, D, c);
                 for (int p = 0; p < P; p++)
                     for (int t = 0; t < T; t++) store(own.scores + t * SLOTS + (panel + p) * LANES, c[p][t]);
             });
             for (int t = 0; t < T; t++)
-                soften(own.scores + t * SLOTS, seen[t] - from, panels, highest[t], total[t], own.out + t * wide, wide);
+                soften<DOT>(own.scores + t * SLOTS, seen[t] - from, panels, highest[t], total[t], own.out + t * wide, wide);
             by_panels(wide / LANES, [&](auto count, int panel) {
                 constexpr int P = count.value;
                 v16 c[P][T];
-                const uint8_t* at = v + size_t(panel) * value_stride + size_t(from) * In::BYTES;
-                multiply<In, P, T, 1, SLOTS>(at, value_stride, own.scores, n, c);
+                const uint8_t* at = v + panel * value_stride + In::bytes(from);
+                score<In, P, T, 1, SLOTS, DOT>(at, value_stride, own.scores, n, c);
                 for (int p = 0; p < P; p++)
                     for (int t = 0; t < T; t++) {
                         float* out = own.out + t * wide + (panel + p) * LANES;
@@ -678,7 +698,16 @@ struct Worker {
             for (int d = 0; d < D; d++) e.attended[place[t] + d] = own.out[t * wide + d] / total[t];
     }
 
+    template <class In, int P, int T, int KS, int TS, bool DOT>
+    static INLINE void score(const uint8_t* w, size_t stride, const float* x, int cols, v16 (&c)[P][T]) {
+#if defined(__AVX512BF16__)
+        if (DOT) return multiply_bf16<P, T, KS, TS>(w, stride, reinterpret_cast<const uint32_t*>(x), (cols + 1) / 2, c);
+#endif
+        multiply<In, P, T, KS, TS>(w, stride, x, cols, c);
+    }
+
     // Scores of a block of slots -> weights relative to the highest score so far; what was summed before is scaled.
+    template <bool DOT>
     static void soften(float* scores, int seen, int panels, float& highest, float& total, float* out, int wide) {
         v16 most = splat(highest);
         const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -691,7 +720,10 @@ struct Worker {
         v16 sums = {};
         for (int i = 0; i < panels; i++) {
             const v16 weight = exponential(load(scores + i * LANES) - high);
-            store(scores + i * LANES, weight);
+            if (DOT)  // half as long, so nothing that is still to be read is overwritten
+                *reinterpret_cast<h16u*>(reinterpret_cast<uint16_t*>(scores) + i * LANES) = narrowed(weight);
+            else
+                store(scores + i * LANES, weight);
             sums += weight;
         }
         const v16 keep = exponential(splat(highest - high));
