@@ -2,6 +2,7 @@
 # make test    what every change must pass
 # make lint    style and types
 # make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
+# make native-sanitize  the native engine's tests under ASan, UBSan and TSan (g++ and its sanitizers are needed)
 # make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
 # make bench   measurements beside other programs (benchmarks/results.sh: what two models score)
 
@@ -12,7 +13,7 @@ PIP_FLAGS := install --quiet --disable-pip-version-check -c constraints.txt
 RUN := $(VENV)/bin/loadstone
 SRC := pyproject.toml constraints.txt
 
-.PHONY: demo test lint peers peers-install fuzz bench clean
+.PHONY: demo test lint native-sanitize peers peers-install fuzz bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: $(SRC)
@@ -53,6 +54,9 @@ lint: $(VENV)/tools
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+native-sanitize: $(VENV)/tools
+	$(VENV)/bin/python tests/native/sanitize.py
+
 $(PEERS)/installed: $(SRC)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip $(PIP_FLAGS) -e ".[test,peers,offline]"
@@ -79,6 +83,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/train.py
 	$(PEERS)/bin/python benchmarks/evaluate.py
 	$(PEERS)/bin/python benchmarks/serve.py
+	$(PEERS)/bin/python benchmarks/generate.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ LAYERS = [
     {"weightmap", "sampling", "kernels"},
     {"tokenizer"},
     {"load", "certificate", "engines"},
-    {"diagnose", "generate", "report", "diff", "sizes", "layouts"},
+    {"diagnose", "generate", "report", "diff", "sizes", "layouts", "native"},
     {"verify"},
     {"convert"},
     {"save"},
@@ -50,6 +50,7 @@ TORCH_FREE = (
     "certificate",
     "layouts",
     "convert",
+    "native",
 )
 
 

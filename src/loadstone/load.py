@@ -10,7 +10,7 @@ first; both and `torch.load` hold the weights as private memory. Here a plan wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from .checkpoint.arrays import same_bits
 from .checkpoint.base import Array, Checkpoint, TensorInfo
 from .errors import LoadstoneError, PlanError, TokenizerError
 from .weightmap import Identity, apply, identify, make_plan
-from .weightmap.plan import GIVEN_UP
+from .weightmap.plan import GIVEN_UP, Step
 
 if TYPE_CHECKING:  # inspect and plan use this module too, and must not wait for torch
     import torch
@@ -103,17 +103,33 @@ def load_model(
     plan = identity.plan
     with torch.device("meta"):
         model = GPT(identity.config)
-    total, done = sum(checkpoint.info(step.source).nbytes for step in plan.steps), 0
-    for step in plan.steps:
-        arrays = apply(step.ops, [checkpoint.read(step.source)], identity.config)
-        for target, array in zip(step.targets, arrays, strict=True):
-            _assign(model, target, to_tensor(array).to(device=device, dtype=target_type))
-        done += checkpoint.info(step.source).nbytes
-        if progress:
-            progress(done, total)
+    for target, array in parameters(identity, progress=progress):
+        _assign(model, target, to_tensor(array).to(device=device, dtype=target_type))
     if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise AssertionError(f"the plan was clean, yet these parameters were not filled: {left}")
     return model.eval()
+
+
+def parameters(
+    identity: Identity,
+    *,
+    read: Callable[[Step], Array] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Array]]:
+    """Each parameter's name and value, one tensor of the file at a time; views where the ops are. No torch here.
+
+    `read` gives a step's tensor in another form than `Checkpoint.read` does (rows of blocks, say). The plan is clean
+    and a doubtful tie is settled.
+    """
+    checkpoint, steps = identity.checkpoint, identity.plan.steps
+    total, done = sum(checkpoint.info(step.source).nbytes for step in steps), 0
+    for step in steps:
+        arrays = apply(step.ops, [read(step) if read else checkpoint.read(step.source)], identity.config)
+        while arrays:  # whoever does not keep an array gives its pages back before the next one is read
+            yield step.targets[-len(arrays)], arrays.pop(0)
+        done += checkpoint.info(step.source).nbytes
+        if progress:
+            progress(done, total)
 
 
 def load_tokenizer_for(identity: Identity) -> Tokenizer | None:

@@ -6,7 +6,6 @@ turned elements of a head (all, usually).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import GPTConfig, Rope
+from .config.frequencies import frequencies_of
 
 
 class KVCache:
@@ -112,32 +112,9 @@ class Positions:
 
 @cache
 def inverse_frequencies(rope: Rope, dims: int) -> tuple[Tensor, float]:
-    """Radians per position for each of the R/2 turned pairs (of R elements), float32, and the factor on cos and sin.
-
-    Scalings: linear (Chen et al. 2023, arXiv:2306.15595), llama3 (Llama 3.1's `use_scaled_rope`), yarn (Peng et al.
-    2023, arXiv:2309.00071), factors (GGUF's rope_freqs.weight). Values as transformers and llama.cpp compute them.
-    """
-    steps = torch.arange(0, dims, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / rope.theta ** (steps / dims)  # [R/2]
-    if rope.scaling == "linear":
-        return frequencies / rope.factor, 1.0
-    if rope.scaling == "factors":
-        return frequencies / torch.tensor(rope.factors, device="cpu"), 1.0
-    if rope.scaling == "llama3":
-        turns = rope.original_context * frequencies / (2 * math.pi)  # full turns over the original context
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / rope.factor), 1.0
-    if rope.scaling == "yarn":
-        low, high = (
-            dims * math.log(rope.original_context / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
-            for beta in (rope.beta_fast, rope.beta_slow)
-        )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), dims - 1)
-        keep = 1 - ((torch.arange(dims // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-        attention = rope.attention_factor or (0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0)
-        return frequencies * (keep + (1 - keep) / rope.factor), attention
-    return frequencies, 1.0
+    """Radians per position for each of the R/2 turned pairs (of R elements), float32, and the factor on cos and sin."""
+    frequencies, factor = frequencies_of(rope, dims)
+    return torch.from_numpy(frequencies), factor
 
 
 def rotation(rope: Rope, head_dim: int, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .errors import LoadstoneError
 
-RANGE = torch.finfo(torch.float32)
+if TYPE_CHECKING:  # engines without torch use the settings
+    import torch
+    from torch import Tensor
+
+NOT_FINITE = (
+    "the model gives no finite score for the next token: its weights or its config are broken. `loadstone verify` "
+    "tells which."
+)
+RANGE = np.finfo(np.float32)
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,12 @@ def choose(
         sampling: the settings.
         generators: one source of randomness per row, so that a row draws the same in a batch as alone.
     """
+    import torch
+
     scores = logits_BV.float()
     highest = scores.amax(dim=-1, keepdim=True)
     if not torch.isfinite(highest).all():
-        raise LoadstoneError(
-            "the model gives no finite score for the next token: its weights or its config are broken. "
-            "`loadstone verify` tells which."
-        )
+        raise LoadstoneError(NOT_FINITE)
     if sampling.repetition_penalty != 1.0:
         # A penalty near 0 makes scores infinite, and their differences no numbers.
         scores = penalise(scores, histories, sampling.repetition_penalty).clamp(max=RANGE.max)
@@ -75,6 +82,8 @@ def choose(
 
 def penalise(scores_BV: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Make tokens that a row has seen less likely (more, if penalty < 1)."""
+    import torch
+
     scores_BV = scores_BV.clone()
     for row, history in zip(scores_BV, histories, strict=True):
         seen = torch.tensor(sorted(set(history)), device=row.device, dtype=torch.long)
@@ -84,6 +93,8 @@ def penalise(scores_BV: Tensor, histories: Sequence[Sequence[int]], penalty: flo
 
 def keep(scores_BV: Tensor, sampling: Sampling) -> Tensor:
     """Scores with everything that top-k, top-p or min-p leaves out at -inf; the likeliest token always stays."""
+    import torch
+
     if sampling.top_k is not None and sampling.top_k < scores_BV.shape[-1]:
         lowest = scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < lowest, -torch.inf)

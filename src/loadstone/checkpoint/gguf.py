@@ -139,6 +139,12 @@ class Gguf(Checkpoint):
             raise FormatError(self.path, problem, hint) from None
         return out
 
+    def read_blocks(self, name: str) -> Array:
+        """A block-quantised matrix as it is stored: bytes, [rows, bytes of a row]; a view of the file, mapped."""
+        info = self.info(name)
+        shape = (info.shape[0], info.nbytes // max(info.shape[0], 1))
+        return view(self._data.tensor(self._places[name], info.nbytes), 0, shape, np.dtype(np.uint8))
+
     def _check_spans(self, entries: dict[str, _Entry], base: int, align: int) -> dict[str, int]:
         """Size in bytes of each tensor, which must lie inside the file, aligned, and share no byte with another."""
         available = len(self._data) - base

@@ -1,0 +1,112 @@
+"""The native engine against torch: families, instruction sets, threads, and every width beside torch's own rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loadstone.native import available, levels
+from native_models import MODELS, bf16, emulate, engine_of, ids_of, int8_groups, model_of, same, take_weights
+from small_gpt import LLAMA
+
+LEVELS = levels() if available() else ["portable"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_torch(name: str, level: str) -> None:
+    model = model_of(MODELS[name])
+    ids = ids_of(40)
+    want = emulate(model, ids, same, same)
+    for threads in (1, 2, 3):
+        engine = engine_of(model, threads=threads, level=level)
+        np.testing.assert_allclose(engine.scores(ids), want, rtol=0, atol=1e-4)
+    cache = engine.new_cache()  # the same, token by token
+    for end, token in enumerate(ids):
+        np.testing.assert_allclose(engine.decode(cache, [token])[0], want[end], rtol=0, atol=1e-4)
+
+
+ROUNDINGS = {"bfloat16": same, "float16": same, "q8": int8_groups, "q4": int8_groups}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", ROUNDINGS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "llama biases, odd head", "relu, one head"])
+def test_other_widths_are_torch_with_the_same_rounding(name: str, width: str, level: str) -> None:
+    model = model_of(MODELS[name] | {"n_layers": 1})
+    engine = engine_of(model, width, level=level)
+    ids = ids_of(40)
+    plain = emulate(model, ids, same, same)
+    take_weights(model, engine)
+    dot = level == "avx512bf16" and width != "float16"
+    rounding = bf16 if dot and width == "bfloat16" else ROUNDINGS[width]
+    cached = same if width == "float16" else bf16
+    error = np.abs(engine.scores(ids) - emulate(model, ids, rounding, cached, bf16 if dot else same))
+    # A number that lies between two steps may fall to either side, so a few are a step of the rounding apart.
+    assert np.median(error) < 2e-5 * plain.std()
+    assert error.mean() < 1e-3 * plain.std()
+    assert error.max() < 0.1 * plain.std()
+
+
+def test_a_text_is_the_same_alone_and_in_a_batch_token_by_token_and_at_once() -> None:
+    """Exactly, but for attention's sums: products add in one order whatever the number of tokens."""
+    engine = engine_of(model_of(MODELS["llama"]), "q4")
+    texts = [ids_of(length, seed) for seed, length in enumerate((7, 1, 13, 30))]
+    batch, slow = engine.new_cache(4), engine.new_cache(4)
+    together = engine.prefill(batch, dict(enumerate(texts)))
+    assert batch.lengths == [7, 1, 13, 30]
+    for row in (2, 0, 3, 1):
+        logits = engine.prefill(engine.new_cache(), {0: texts[row]})
+        np.testing.assert_array_equal(logits[0], together[row])
+        for token in texts[row]:
+            steps = engine.prefill(slow, {row: [token]})
+        np.testing.assert_allclose(steps[0], together[row], atol=0.3)
+    next_ = engine.decode(batch, [5, 6, 7, 8])
+    alone = engine.new_cache()
+    engine.prefill(alone, {0: texts[1]})
+    np.testing.assert_array_equal(engine.decode(alone, [6])[0], next_[1])
+
+
+def test_prompts_longer_than_a_chunk_and_caches_longer_than_a_block() -> None:
+    model = model_of(MODELS["llama"] | {"context_length": 700, "n_layers": 2})
+    engine, ids = engine_of(model), ids_of(690)
+    want = emulate(model, ids, same, same)
+    np.testing.assert_allclose(engine.scores(ids), want, rtol=0, atol=1e-4)
+    cache = engine.new_cache(2)
+    engine.prefill(cache, {1: ids[:530], 0: ids[:5]})
+    np.testing.assert_allclose(engine.prefill(cache, {1: ids[530:]})[0], want[-1], rtol=0, atol=1e-4)
+
+
+def test_forgotten_tokens_leave_no_trace() -> None:
+    engine, ids = engine_of(model_of(MODELS["gpt2"])), ids_of(30)
+    cache = engine.new_cache()
+    engine.prefill(cache, {0: ids})
+    engine.reset(cache, [11])
+    again = engine.prefill(cache, {0: ids_of(9, seed=2)})
+    fresh = engine.new_cache()
+    engine.prefill(fresh, {0: ids[:11]})
+    np.testing.assert_array_equal(again, engine.prefill(fresh, {0: ids_of(9, seed=2)}))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.integers(1, 5), group=st.integers(1, 3), head_dim=st.integers(1, 20), d_model=st.integers(2, 70),
+    d_ff=st.integers(1, 70), vocab=st.integers(1, 70), length=st.integers(1, 40), llama=st.booleans(),
+    width=st.sampled_from(["float32", "bfloat16", "float16", "q8", "q4"]), level=st.sampled_from(LEVELS),
+)  # fmt: skip
+def test_any_shape(
+    heads: int, group: int, head_dim: int, d_model: int, d_ff: int, vocab: int, length: int, llama: bool,
+    width: str, level: str,
+) -> None:  # fmt: skip
+    fields = {"n_heads": heads * group, "n_kv_heads": heads, "d_model": d_model, "d_ff": d_ff, "vocab_size": vocab}
+    fields |= {"n_layers": 1, "head_dim": head_dim + head_dim % 2 * llama}
+    model = model_of((LLAMA if llama else {}) | fields)
+    ids = ids_of(length, vocab=vocab)
+    with torch.no_grad():
+        want = model(torch.tensor([ids]))[0].numpy()
+    engine = engine_of(model, width, level=level)
+    bound = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 0.1, "q8": 0.1, "q4": 1.5}[width]
+    assert np.abs(engine.scores(ids) - want).max() <= bound * max(np.abs(want).max(), 0.1)
