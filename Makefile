@@ -83,6 +83,7 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/train.py
 	$(PEERS)/bin/python benchmarks/evaluate.py
 	$(PEERS)/bin/python benchmarks/serve.py
+	$(PEERS)/bin/python benchmarks/engines.py
 	$(PEERS)/bin/python benchmarks/generate.py
 
 clean:
