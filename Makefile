@@ -3,6 +3,7 @@
 # make lint    style and types
 # make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
 # make native-sanitize  the native engine's tests under ASan, UBSan and TSan (g++ and its sanitizers are needed)
+# make max     the tests of `--engine max` (installs it: 240 MB)
 # make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
 # make bench   measurements beside other programs (benchmarks/results.sh: what two models score)
 
@@ -13,7 +14,7 @@ PIP_FLAGS := install --quiet --disable-pip-version-check -c constraints.txt
 RUN := $(VENV)/bin/loadstone
 SRC := pyproject.toml constraints.txt
 
-.PHONY: demo test lint native-sanitize peers peers-install fuzz bench clean
+.PHONY: demo test lint native-sanitize peers peers-install max fuzz bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: $(SRC)
