@@ -69,6 +69,10 @@ peers-install: $(PEERS)/installed
 peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest tests/peers -p no:cacheprovider
 
+max: $(VENV)/tools
+	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[max]"
+	$(VENV)/bin/python -m pytest tests/peers/test_max.py
+
 $(VENV)/fuzz: $(VENV)/tools
 	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[fuzz]"
 	@touch $@
