@@ -88,7 +88,7 @@ def test_pooled_heads_are_the_means_of_neighbours(left: int, share: int, width: 
     found = pooled(rows, left * share, left)
     for head in range(left):
         parts = [rows[(head * share + i) * width :][:width] for i in range(share)]
-        torch.testing.assert_close(found[head * width :][:width], sum(parts) / share)  # type: ignore[operator]
+        torch.testing.assert_close(found[head * width :][:width], sum(parts) / share)
     assert torch.equal(pooled(rows, left * share, left * share), rows)
 
 

@@ -53,7 +53,7 @@ def upcycle(model: GPT, changes: Mapping[str, Any], *, seed: int = 0) -> GPT:
     that has other parameters than its config says (an adapter's, say).
     """
     target = target_config(model.config, changes)
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if odd := sorted(name for name, _ in shapes.items() ^ parameter_shapes(model.config).items()):
         raise LoadstoneError(f"{odd[0]}: the model is not as its config says. Merge an adapter first: loadstone merge.")
