@@ -70,9 +70,11 @@ def train(name: str, data: Path, folder: Path, seed: int, steps: int) -> dict[st
     settings = SETTINGS | {"steps": steps, "seed": seed}
     times = StepTimes()
     trainer = begin(Request().merged({**wanted, "settings": settings}, "refine"), folder, listeners=[times])
-    config, loss = trainer.model.config, trainer.run_to_end().metrics["val_loss"]
+    config, outcome = trainer.model.config, trainer.run_to_end()
+    if outcome.why != "done":  # Ctrl-C ends one run politely; the others are not wanted then either
+        raise SystemExit(f"{folder}: {outcome.why}; what is done so far is saved")
     return {
-        "parameters": parameter_count(config), "active": active_count(config), "loss": loss,
+        "parameters": parameter_count(config), "active": active_count(config), "loss": outcome.metrics["val_loss"],
         "ms": 1000 * statistics.median(times.seconds),
     }  # fmt: skip
 
