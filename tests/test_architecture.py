@@ -32,7 +32,7 @@ LAYERS = [
     {"train"},
     {"plot", "extend", "scratch", "evaluate"},
     {"chat", "compare", "calibrate", "serve"},
-    {"quantize", "prune"},
+    {"quantize", "prune", "upcycle"},
     {"cli"},
     {"__init__", "__main__"},
 ]

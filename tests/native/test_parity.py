@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadstone.native import available, levels
-from native_models import MODELS, bf16, emulate, engine_of, ids_of, int8_groups, model_of, same, take_weights
+from loadstone.model import GPT
+from loadstone.native import NativeEngine, available, levels
+from native_models import MODELS, Floats, bf16, emulate, engine_of, ids_of, int8_groups, model_of, same, take_weights
 from small_gpt import LLAMA
 
 LEVELS = levels() if available() else ["portable"]
@@ -32,6 +32,16 @@ def test_float32_is_torch(name: str, level: str) -> None:
 ROUNDINGS = {"bfloat16": same, "float16": same, "q8": int8_groups, "q4": int8_groups}
 
 
+def wanted(model: GPT, engine: NativeEngine, ids: list[int], width: str) -> Floats:
+    """Torch's logits with the engine's roundings. The model's matrices become the engine's."""
+    take_weights(model, engine)
+    if width in ("float32", "float16"):
+        return emulate(model, ids, same, same)
+    dot = engine.level == "avx512bf16" and len(ids) > 4  # engine.h's DECODE
+    activations = bf16 if dot and width == "bfloat16" else ROUNDINGS[width]
+    return emulate(model, ids, activations, bf16, bf16 if dot else same)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("width", ROUNDINGS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "llama biases, odd head", "relu, one head"])
@@ -40,11 +50,7 @@ def test_other_widths_are_torch_with_the_same_rounding(name: str, width: str, le
     engine = engine_of(model, width, level=level)
     ids = ids_of(40)
     plain = emulate(model, ids, same, same)
-    take_weights(model, engine)
-    dot = level == "avx512bf16" and width != "float16"
-    rounding = bf16 if dot and width == "bfloat16" else ROUNDINGS[width]
-    cached = same if width == "float16" else bf16
-    error = np.abs(engine.scores(ids) - emulate(model, ids, rounding, cached, bf16 if dot else same))
+    error = np.abs(engine.scores(ids) - wanted(model, engine, ids, width))
     # A number that lies between two steps may fall to either side, so a few are a step of the rounding apart.
     assert np.median(error) < 2e-5 * plain.std()
     assert error.mean() < 1e-3 * plain.std()
@@ -105,8 +111,10 @@ def test_any_shape(
     fields |= {"n_layers": 1, "head_dim": head_dim + head_dim % 2 * llama}
     model = model_of((LLAMA if llama else {}) | fields)
     ids = ids_of(length, vocab=vocab)
-    with torch.no_grad():
-        want = model(torch.tensor([ids]))[0].numpy()
     engine = engine_of(model, width, level=level)
-    bound = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 0.1, "q8": 0.1, "q4": 1.5}[width]
-    assert np.abs(engine.scores(ids) - want).max() <= bound * max(np.abs(want).max(), 0.1)
+    found, want = engine.scores(ids), wanted(model, engine, ids, width)
+    error = np.abs(found - want).max(-1)  # of each token
+    if width in ("float32", "float16"):
+        assert error.max() <= 1e-4 * max(np.abs(want).max(), 1)
+    else:  # where a number falls to the other side of a step, all that follows differs; most tokens meet none
+        assert np.median(error) <= 0.05 * max(np.abs(want).max(), 1)

@@ -32,6 +32,7 @@ from . import (
     run,
     serve,
     train,
+    upcycle,
     write,
 )
 from .options import spread
@@ -59,7 +60,7 @@ VERBS = (
     *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
     *(run.generate, run.chat, run.engines, serve.serve, write.convert, fetch.pull),
     *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
-    *(quantize.quantize, prune.prune),
+    *(quantize.quantize, prune.prune, upcycle.upcycle),
 )
 for _verb in VERBS:
     app.command()(spread(_verb))
