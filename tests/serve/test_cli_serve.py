@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_ends_it_at_once(folder: Path) -> None:
             began = time.monotonic()
             server.process.send_signal(signal.SIGINT)
             assert server.end(10)[0] == 0
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 20  # the drain is 60
 
 
 def test_an_answer_that_is_not_whole_in_time_ends_with_an_error(folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_answer_that_is_not_whole_in_time_ends_with_an_error(folder: Path) ->
         *_, last = [line.decode() for line in lines if line]
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert server.end(20) == (0, "")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15  # the answer would take a minute
 
 
 def test_an_address_that_is_taken_is_said_before_anything_is_loaded(run: Run) -> None:
