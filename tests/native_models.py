@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loadstone.config import GPTConfig, Rope
-from loadstone.config.others import GPT_NEOX_FIELDS
+from loadstone.config.families import GPT_NEOX_FIELDS
 from loadstone.load import open_source
 from loadstone.model import GPT, Attention, Linear
 from loadstone.native import NativeEngine, open_native

@@ -68,7 +68,7 @@ def choose(
         raise LoadstoneError(NOT_FINITE)
     if sampling.repetition_penalty != 1.0:
         # A penalty near 0 makes scores infinite, and their differences no numbers.
-        scores = penalise(scores, histories, sampling.repetition_penalty).clamp(max=RANGE.max)
+        scores = penalise(scores, histories, sampling.repetition_penalty).clamp(max=float(RANGE.max))
         highest = scores.amax(dim=-1, keepdim=True)
     if sampling.temperature < RANGE.tiny:  # what float32 takes for 0
         return [int(token) for token in scores.argmax(dim=-1)]
