@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from figures import cells, curves, laid_out, legend, row_labels
+from matplotlib.collections import QuadMesh
+
+from figures import curves, laid_out, legend, row_labels
 from loadstone.errors import FormatError
 from loadstone.plot.quantised import Sensitivity, read_sensitivity
 from loadstone.plot.reading import read_run
@@ -24,6 +26,23 @@ def read(folder: Path) -> Sensitivity:
     found = read_run(write_quantised(folder)).sensitivity
     assert found is not None
     return found
+
+
+def coloured(axes: Any, layer: int = 1) -> Any:
+    """What has a colour of the scale, or (layer 0) that of nothing."""
+    mesh = [part for part in axes.collections if isinstance(part, QuadMesh)][layer]
+    return np.ma.array(mesh.get_array()).filled(NAN)
+
+
+def test_exactly_nothing_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    units = [{**unit, "losses": {"Q4_0": 0.0, "Q8_0": 0.5 * n}} for n, unit in enumerate(quantised_units())]
+    found = read_run(write_quantised(tmp_path, units)).sensitivity
+    assert found is not None
+    figure = laid_out(sensitivity_figure(found, "m"))
+    assert not np.isfinite(coloured(figure.axes[0])).any()
+    assert np.nansum(coloured(figure.axes[0], 0) == 0) == 7
+    assert np.nanmin(coloured(figure.axes[1])) == 0.5
+    assert legend(figure) == ["what was written", "nothing lost: on this grid already"]
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -40,7 +59,7 @@ def test_the_figure(tmp_path: Path) -> None:
     panels = figure.axes[:2]
     assert [axes.get_title("left") for axes in panels] == ["Q4_0", "Q8_0"]
     for axes, losses in zip(panels, found.losses, strict=True):
-        assert np.array_equal(cells(axes).filled(NAN), losses, equal_nan=True)
+        assert np.array_equal(coloured(axes), losses, equal_nan=True)
         assert [text.get_text() for text in axes.get_xticklabels()] == ["attn_q", "attn_k"]
     dots = [next(iter(curves(axes).values())).tolist() for axes in panels]
     assert dots == [[[0.5, 1.5], [0.5, 2.5]], [[0.5, 0.5], [1.5, 0.5], [1.5, 1.5]]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from .extension import Array
@@ -15,7 +16,7 @@ from .quantised import Sensitivity
 from .style import new_figure, plain, round_numbers, shortened, styled
 
 _LABELLED, _ROW, _TALLEST = 40, 0.2, 13.0  # rows up to which each is named; inches
-_LEAST = 1e-12  # smaller losses have the colour of this one
+NOTHING = "#ececec"
 _CELLS = 2000  # from which the SVG holds the map as pixels
 
 
@@ -25,13 +26,14 @@ def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
     height = min(_TALLEST, max(3.6, 2.0 + _ROW * len(found.rows)))
     figure = new_figure(9, height)
     panels: list[Axes] = list(figure.subplots(1, len(found.types), sharey=True, squeeze=False)[0])
-    cells = np.maximum(found.losses, _LEAST)
-    limits = _limits(cells)
+    limits = _limits(found.losses)
     norm = LogNorm(*limits)
     mesh: QuadMesh | None = None
-    for number, (axes, losses) in enumerate(zip(panels, cells, strict=True)):
+    for number, (axes, losses) in enumerate(zip(panels, found.losses, strict=True)):
+        nothing = np.ma.masked_where(losses != 0, losses)
+        axes.pcolormesh(nothing, cmap=ListedColormap([NOTHING]), edgecolors="white", linewidth=0.5)
         mesh = axes.pcolormesh(
-            np.ma.masked_invalid(losses), norm=norm, cmap="cividis_r", rasterized=losses.size > _CELLS
+            np.ma.masked_where(~(losses > 0), losses), norm=norm, cmap="cividis_r", rasterized=losses.size > _CELLS
         )
         rows, columns = np.nonzero(found.chosen == number)
         axes.plot(columns + 0.5, rows + 0.5, "o", color="white", markeredgecolor="black", markersize=4, linestyle="")
@@ -41,7 +43,8 @@ def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
         axes.tick_params(length=0)
     _name_rows(panels[0], found)
     dot = Line2D([], [], marker="o", color="white", markeredgecolor="black", markersize=4, label="what was written")
-    figure.legend(handles=[dot], loc="outside lower center")
+    exact = [Patch(color=NOTHING, label="nothing lost: on this grid already")] * bool((found.losses == 0).any())
+    figure.legend(handles=[dot, *exact], loc="outside lower center", ncols=2)
     figure.suptitle(f"What each tensor of {shortened(name)} would lose alone, by type", x=0.02, ha="left", fontsize=11)
     if mesh is not None:
         bar = figure.colorbar(mesh, ax=panels, pad=0.02, label="estimated loss, nats per token")
@@ -51,8 +54,9 @@ def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
     return figure
 
 
-def _limits(cells: Array) -> tuple[float, float]:
-    low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
+def _limits(losses: Array) -> tuple[float, float]:
+    positive = losses[losses > 0]
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.1, 1.0)
     return (low, high) if low < high else (low / 2, high * 2)
 
 
