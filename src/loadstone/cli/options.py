@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..engines import DEFAULT, require_engine, start_engine
+from ..engines import DEFAULT, open_engine, require_engine, start_engine
 from ..errors import LoadstoneError
 
 if TYPE_CHECKING:
@@ -65,10 +65,14 @@ class OpenOptions:
         with progress_bar("loading") as progress:
             model = load_model(identity, dtype=dtype, device=device, progress=progress)
         tokenizer = load_tokenizer_for(identity)
-        for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
-            for line in lines:
-                print(f"{label}: {line}", file=sys.stderr)
+        _tell(identity)
         return identity, model, tokenizer
+
+
+def _tell(identity: Identity) -> None:
+    for label, lines in (("assumed", identity.assumed), ("note", identity.remarks)):
+        for line in lines:
+            print(f"{label}: {line}", file=sys.stderr)
 
 
 @dataclass
@@ -86,18 +90,30 @@ class RunOptions(OpenOptions):
 class EngineOptions(RunOptions):
     """How to read SRC and what runs it."""
 
-    engine: Annotated[str, typer.Option(help="torch, compile or max; `loadstone engines` tells which work here.")] = (
-        DEFAULT
-    )
+    engine: Annotated[
+        str, typer.Option(help="torch, compile, max or native; `loadstone engines` tells which work here.")
+    ] = DEFAULT
 
     def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
         """The model on the engine; one that cannot run here is refused before anything is loaded."""
         kind = require_engine(self.engine, self.device, self.dtype)
+        if kind.from_source:
+            return self._open_engine(source)
         if self.dtype == "auto" and kind.dtypes:
             self.dtype = kind.dtypes[0]
         _, model, tokenizer = self.load(source)
         with progress_bar(f"starting {self.engine}"):
             return start_engine(self.engine, model), tokenizer
+
+    def _open_engine(self, source: str) -> tuple[Engine, Tokenizer | None]:
+        from ..load import load_tokenizer_for
+
+        identity = self.open(source)
+        with progress_bar(f"packing for {self.engine}"):
+            engine = open_engine(self.engine, identity, self.dtype)
+        tokenizer = load_tokenizer_for(identity)
+        _tell(identity)
+        return engine, tokenizer
 
 
 @dataclass

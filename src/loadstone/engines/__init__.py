@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LoadstoneError
 from . import probes
@@ -13,6 +13,7 @@ from .protocol import Cache, Engine, EngineMissingError
 
 if TYPE_CHECKING:
     from ..model import GPT
+    from ..weightmap import Identity
 
 __all__ = [
     "DEFAULT",
@@ -22,6 +23,7 @@ __all__ = [
     "EngineMissingError",
     "Kind",
     "engine_of",
+    "open_engine",
     "require_engine",
     "start_engine",
 ]
@@ -33,7 +35,7 @@ class Kind:
 
     Attributes:
         about: what it is, in one line.
-        home: `module:Class` in this package; the class is called with a model.
+        home: `module:Class` in this package; the class is called with a model, or, `from_source`, see `open_engine`.
         missing: why it cannot run on this machine, and what to do about it; empty if it can. Imports nothing heavy.
         devices: where it runs; empty means wherever torch does.
         dtypes: what it computes in; empty means whatever torch does.
@@ -44,6 +46,7 @@ class Kind:
     missing: Callable[[], str] = lambda: ""
     devices: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    from_source: bool = False
 
 
 DEFAULT = "torch"
@@ -56,6 +59,11 @@ ENGINES: dict[str, Kind] = {
     "max": Kind(
         "Modular's MAX: one graph, compiled once per model shape and cached on disk", "max_engine:MaxEngine",
         probes.max_package, ("cpu",), ("float32",),
+    ),
+    "native": Kind(
+        "C++ for this machine's CPU, weights packed for it; GGUF's blocks as stored, 8 and 4 bits (--dtype q8, q4)",
+        "native_engine:start", probes.native, ("cpu",), ("float32", "bfloat16", "float16", "q8", "q4"),
+        from_source=True,
     ),
 }  # fmt: skip
 
@@ -90,6 +98,22 @@ def start_engine(name: str, model: GPT) -> Engine:
     """The model on an engine. Raises LoadstoneError if that is missing, or cannot run this model."""
     weight = model.tok_emb.weight
     kind = require_engine(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
+    if kind.from_source:
+        raise LoadstoneError(
+            f"engine {name} packs weights from their file: start it with `open_engine`, not with a model."
+        )
+    return _started(kind, model)
+
+
+def open_engine(name: str, identity: Identity, dtype: str = "auto") -> Engine:
+    """An opened source (`load.open_source`) on an engine that packs its weights itself, in one of its `dtypes`.
+
+    Raises LoadstoneError if the engine is missing, cannot run this model, or the plan has problems.
+    """
+    return _started(require_engine(name, dtype=dtype), identity, dtype)
+
+
+def _started(kind: Kind, *arguments: Any) -> Engine:
     module, _, attribute = kind.home.partition(":")
-    started: Engine = getattr(importlib.import_module(f".{module}", __name__), attribute)(model)
+    started: Engine = getattr(importlib.import_module(f".{module}", __name__), attribute)(*arguments)
     return started

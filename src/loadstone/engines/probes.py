@@ -31,3 +31,9 @@ def max_package() -> str:
             f"max {found}. {install}"
         )
     return ""
+
+
+def native() -> str:
+    from ..native import missing
+
+    return missing()

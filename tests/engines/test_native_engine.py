@@ -1,0 +1,60 @@
+"""The native engine behind `--engine native`: the same greedy text as torch's, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import Run
+from loadstone.engines import Engine, open_engine, start_engine
+from loadstone.errors import LoadstoneError
+from loadstone.generate import Session, generate
+from loadstone.load import load_model, open_source
+from loadstone.native import missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
+
+
+@pytest.mark.parametrize("overflow", ["refuse", "window"])
+def test_generation_is_that_of_torch(overflow: str) -> None:
+    identity = open_source("tiny")
+    engine, model = open_engine("native", identity, "float32"), load_model(identity, dtype="float32")
+    assert isinstance(engine, Engine)
+    prompts = [[5, 6, 7], [900, 13], list(range(100, 150))]
+    options = {"max_new_tokens": 230 if overflow == "refuse" else 40, "overflow": overflow}
+    assert generate(engine, prompts, **options) == generate(model, prompts, **options)
+    session = Session(engine.new_cache(1))
+    first = generate(engine, [[5, 6, 7]], max_new_tokens=4, session=session)[0].ids
+    again = generate(engine, [[5, 6, 7, *first, 9]], max_new_tokens=4, session=session)[0].ids
+    assert again == generate(model, [[5, 6, 7, *first, 9]], max_new_tokens=4)[0].ids
+
+
+def test_the_command_line(run: Run) -> None:
+    same = [
+        "generate",
+        "tiny",
+        "It was a dark night, and",
+        "--temperature",
+        0,
+        "-n",
+        12,
+        "--json",
+        "--dtype",
+        "float32",
+    ]
+    texts = [json.loads(run(*same, "--engine", engine)[1])[0]["text"] for engine in ("torch", "native")]
+    assert texts[0] == texts[1]
+    status, out, _ = run("generate", "tiny", "It was", "--engine", "native", "--dtype", "q4", "-n", 3)
+    assert status == 0
+    assert out.startswith("It was")
+
+
+def test_what_it_does_not_do_is_refused(run: Run, tmp_path: Path) -> None:
+    status, _, error = run("generate", "tiny", "It was", "--engine", "native", "--dtype", "float64")
+    assert status == 2
+    assert "computes in float32 and bfloat16 and float16 and q8 and q4 only" in re.sub(r"\s+", " ", error)
+    with pytest.raises(LoadstoneError, match="packs weights from their file"):
+        start_engine("native", load_model(open_source("tiny"), dtype="float32"))
