@@ -1,6 +1,6 @@
 """Perplexity before and after quantisation: 8 and 4 bits, rounded to nearest and by GPTQ.
 
-    python benchmarks/quantize.py SRC [--windows 0] [--calibration self] [--rows 64] [--only Q4_0:gptq,...] [--json]
+    python benchmarks/quantize.py SRC [--windows 0] [--calibration self] [--rows 64] [--only Q4_0:gptq:91MB] [--json]
 
 Protocol: WikiText-2 raw, test set, as it is; windows of 512 tokens (all, or so many, evenly spread), each token scored
 once, with what stands before it in its window; float32; "before" is SRC loaded in float32, whatever it is stored as.
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=0, help="0: all")
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--only", default=ALL)
+    parser.add_argument("--only", default=ALL, help="TYPE:METHOD[:SIZE], the smallest type and most bytes; with commas")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     for row in measured(asked):
@@ -42,6 +42,7 @@ def measured(asked: argparse.Namespace) -> Any:
     from loadstone import load
     from loadstone.calibrate.measure import change, examination, nats
     from loadstone.calibrate.rows import calibration_rows
+    from loadstone.cli.write import parse_size
     from loadstone.kernels import keep_freed_memory
     from loadstone.quantize.run import Settings, quantize
 
@@ -55,14 +56,15 @@ def measured(asked: argparse.Namespace) -> Any:
     yield {"protocol": dict(texts["wikitext2"].protocol), "calibration": asked.calibration, "rows": asked.rows}
     rows = calibration_rows(model, tokenizer, asked.calibration, count=asked.rows)
     for each in asked.only.split(","):
-        kind, method = each.split(":")
+        kind, method, *size = each.split(":")
+        settings = Settings(kind, method, budget_size=parse_size(size[0]) if size else None)
         changed, started = copy.deepcopy(model), time.perf_counter()
         # Rounding to nearest needs no text, and nothing is estimated here.
-        done = quantize(changed, Settings(kind, method), rows if method == "gptq" else None)
+        done = quantize(changed, settings, rows if settings.needs_rows else None)
         seconds = time.perf_counter() - started
         found = {name: change(before[name], nats(changed, text), text) for name, text in texts.items()}
         yield {
-            "type": kind, "method": method, "bits_per_weight": round(done.bits_per_weight, 2),
+            "type": kind, "method": method, "budget": "".join(size), "bits_per_weight": round(done.bits_per_weight, 2),
             "seconds": round(seconds), **{name: str(each) for name, each in found.items()},
         }  # fmt: skip
 

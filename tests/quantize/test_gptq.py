@@ -13,7 +13,7 @@ from loadstone.errors import LoadstoneError
 from loadstone.quantize import gptq as module
 from loadstone.quantize.blocks import SIZE, TYPES, BlockType
 from loadstone.quantize.gptq import gptq, inverse_factor
-from loadstone.quantize.grid import best_grid, nearest
+from loadstone.quantize.grid import Grid, Rounded, best_grid, nearest
 
 
 def inputs(K: int, N: int = 400, seed: int = 0) -> Tensor:
@@ -71,10 +71,17 @@ def test_without_correlation_it_is_rounding_to_nearest() -> None:
     assert torch.equal(gptq(weight, torch.eye(64), TYPES["Q4_0"]).values(), nearest(weight, TYPES["Q4_0"]).values())
 
 
-def test_what_is_on_the_grid_already_stays() -> None:
-    weight = nearest(torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), TYPES["Q4_0"]).values()
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+def test_what_is_on_the_grid_already_stays(kind: BlockType) -> None:
+    """As another program wrote it, with a code at either end of each block: SmolLM2's file of Q4_1, say."""
+    codes = torch.randint(kind.low, kind.high + 1, (8, 2, SIZE), generator=torch.Generator().manual_seed(3))
+    codes[..., 4], codes[..., 9] = kind.low, kind.high
+    scales = (0.1 * torch.rand(8, 2, generator=torch.Generator().manual_seed(4)) + 0.01).half().float()
+    minima = -7.5 * scales.half().float() if kind.minimum else torch.zeros(8, 2)
+    weight = Rounded(kind, codes.to(torch.int8), Grid(scales, minima.half().float())).values()
     x = inputs(64)
-    assert output_error(weight, gptq(weight, x.T @ x, TYPES["Q4_0"]).values(), x) < 1e-4
+    assert torch.equal(nearest(weight, kind).values(), weight)
+    assert torch.equal(gptq(weight, x.T @ x, kind).values(), weight)
 
 
 def _no_inputs(gram: Tensor) -> None:

@@ -17,7 +17,7 @@ from .style import new_figure, plain, round_numbers, shortened, styled
 
 _LABELLED, _ROW, _TALLEST = 40, 0.2, 13.0  # rows up to which each is named; inches
 NOTHING = "#ececec"
-_CELLS = 2000  # from which the SVG holds the map as pixels
+_CELLS = 100  # of a panel, from which the SVG holds it as pixels
 
 
 @styled()
@@ -31,7 +31,7 @@ def sensitivity_figure(found: Sensitivity, name: str) -> Figure:
     mesh: QuadMesh | None = None
     for number, (axes, losses) in enumerate(zip(panels, found.losses, strict=True)):
         nothing = np.ma.masked_where(losses != 0, losses)
-        axes.pcolormesh(nothing, cmap=ListedColormap([NOTHING]), edgecolors="white", linewidth=0.5)
+        axes.pcolormesh(nothing, cmap=ListedColormap([NOTHING]), rasterized=losses.size > _CELLS)
         mesh = axes.pcolormesh(
             np.ma.masked_where(~(losses > 0), losses), norm=norm, cmap="cividis_r", rasterized=losses.size > _CELLS
         )
