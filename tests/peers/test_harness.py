@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,10 @@ def test_the_same_numbers_on_the_same_items(
     ):
         for figure in figures:
             assert theirs[name][f"{figure},none"] == pytest.approx(result.value(figure), rel=1e-4), (name, figure)
+
+
+def test_the_models_of_the_harness_stay_known_beside_ours() -> None:
+    # A process of its own: the order of imports is the point.
+    names = "import loadstone.evaluate.harness, lm_eval.api.registry as r; r.get_model('local-completions')"
+    done = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

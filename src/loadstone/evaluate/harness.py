@@ -20,6 +20,8 @@ from .scoring import Request, score
 from .tasks.base import Asked, total
 
 try:
+    # The harness fills its registry with its own models only while that is empty: ours may not be the first.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError:
