@@ -165,7 +165,19 @@ def read_bandwidth(threads: int) -> float:
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
-    command = [sys.executable, "-m", "loadstone", "convert", str(source), str(target), "--to", "gguf", "--dtype", kind]
+    command = [
+        sys.executable,
+        "-m",
+        "loadstone",
+        "convert",
+        str(source),
+        str(target),
+        "--to",
+        "gguf",
+        "--dtype",
+        kind,
+        "--no-parity",
+    ]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
