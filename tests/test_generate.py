@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from loadstone.config import GPTConfig, Rope
 from loadstone.errors import LoadstoneError
 from loadstone.generate import Session, Stream, Text, generate, generate_text, generate_texts, stream_text
 from loadstone.model import GPT
-from loadstone.sampling import Sampling, choose, keep, penalise
+from loadstone.sampling import Sampling, candidates, choose, penalise
 
 CONTEXT = 24
 
@@ -149,7 +150,7 @@ def test_a_tiny_temperature_is_greedy_and_broken_scores_are_told(model: GPT) -> 
     assert [result.ids for result in cold] == [naive(model, prompt, 5) for prompt in PROMPTS]
     for broken in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(LoadstoneError, match="no finite score"):
-            choose(torch.full((1, 5), broken), [[]], Sampling(), [torch.Generator()])
+            choose(torch.full((1, 5), broken), [[]], Sampling(), [np.random.default_rng()])
 
 
 def test_padding_of_the_vocabulary_is_never_chosen(model: GPT) -> None:
@@ -192,43 +193,58 @@ def test_the_global_random_state_is_left_alone(model: GPT) -> None:
 
 
 def test_filters_by_hand() -> None:
-    scores = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
+    scores = np.log(np.array([0.125, 0.5, 0.125, 0.25], np.float32))
 
-    def kept(**options: Any) -> list[bool]:
-        return (keep(scores, Sampling(temperature=1.0, **options)) > -torch.inf)[0].tolist()
+    def kept(**options: Any) -> list[int]:
+        ids, likely = candidates(scores, [], Sampling(temperature=1.0, **options))
+        weights = np.array([1, 4, 1, 2])[ids]
+        np.testing.assert_allclose(likely, weights / weights.sum(), rtol=1e-6)
+        return ids.tolist()
 
-    assert kept() == [True] * 4
-    assert kept(top_k=1) == [True, False, False, False]
-    assert kept(top_k=99) == [True] * 4
-    assert kept(top_p=0.5) == [True, False, False, False]
-    assert kept(top_p=0.51) == [True, True, False, False]
-    assert kept(top_p=1e-9) == [True, False, False, False]
-    assert kept(min_p=0.5) == [True, True, False, False]
-    assert kept(min_p=1.0) == [True, False, False, False]
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=1) == [1]
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_k=3) == [0, 1, 2, 3]  # two are equally likely: both stay
+    assert kept(top_k=99) == [0, 1, 2, 3]
+    assert kept(top_p=0.499) == [1]
+    assert kept(top_p=0.51) == [1, 3]
+    assert kept(top_p=5e-324) == [1]
+    assert kept(min_p=0.499) == [1, 3]
+    assert kept(min_p=1.0) == [1]
+    assert kept(top_k=2, top_p=0.66) == [1]  # a filter sees what the one before left over: 2/3 and 1/3
+    assert kept(top_k=3, min_p=0.4) == [1, 3]
 
 
 def test_repetition_penalty_by_hand() -> None:
-    scores = torch.tensor([[2.0, -2.0, 1.0]])
-    assert penalise(scores, [[0, 1, 1]], 2.0).tolist() == [[1.0, -4.0, 1.0]]
-    assert scores.tolist() == [[2.0, -2.0, 1.0]]
+    scores = np.array([2, -2, 1], np.float32)
+    assert penalise(scores, [0, 1, 1], 2.0).tolist() == [1, -4, 1]
+    assert scores.tolist() == [2, -2, 1]
+    penalised = Sampling(repetition_penalty=2.0)
+    assert choose(np.array([[1.0, 3, 2]]), [[1]], penalised, [np.random.default_rng(0)]) == [2]
 
 
 @given(st.lists(st.floats(-5, 5), min_size=3, max_size=8), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
 def test_the_likeliest_token_survives_every_filter(scores: list[float], seed: int) -> None:
-    row = torch.tensor([scores])
+    row = np.array(scores, np.float32)
     sampling = Sampling(temperature=0.7, top_k=2, top_p=0.3, min_p=0.9)
-    assert keep(row, sampling)[0, row.argmax()] > -torch.inf
-    generator = torch.Generator().manual_seed(seed)
-    assert row[0, choose(row, [[]], sampling, [generator])[0]] >= row[0].topk(2).values[1]
+    assert row.argmax() in candidates(row, [], sampling)[0]
+    assert row[choose(row[None], [[]], sampling, [np.random.default_rng(seed)])[0]] >= np.sort(row)[-2]
 
 
 def test_sampled_frequencies_follow_the_probabilities() -> None:
-    probabilities = torch.tensor([0.6, 0.3, 0.1])
-    generator = torch.Generator().manual_seed(0)
-    draws = [choose(probabilities.log()[None], [[]], Sampling(temperature=1.0), [generator])[0] for _ in range(3000)]
-    found = torch.bincount(torch.tensor(draws), minlength=3) / 3000
-    assert (found - probabilities).abs().max() < 0.03
+    probabilities, generator = np.array([0.6, 0, 0.3, 0.1]), np.random.default_rng(0)
+    with np.errstate(divide="ignore"):
+        scores = torch.from_numpy(np.log(probabilities))[None].bfloat16()
+    draws = [choose(scores, [[]], Sampling(temperature=1.0), [generator])[0] for _ in range(3000)]
+    np.testing.assert_allclose(np.bincount(draws, minlength=4) / 3000, probabilities, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "odd", [Sampling(temperature=5e-324), Sampling(1.0, top_p=5e-324), Sampling(1.0, repetition_penalty=5e-324)]
+)
+def test_settings_that_float32_takes_for_nothing(odd: Sampling) -> None:
+    assert choose(np.array([[1.0, 3, 2]], np.float32), [[1]], odd, [np.random.default_rng(0)]) == [1]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .engines import Engine
 from .errors import LoadstoneError
 from .generate import Session, stream_text
-from .model import GPT
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .model import GPT
 
 LEAVE = ("quit", "exit", "q")
 

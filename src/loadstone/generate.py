@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .config import GPTConfig
 from .engines import Cache, Engine, engine_of
 from .errors import LoadstoneError
-from .model import GPT
-from .sampling import Sampling, choose
+from .sampling import Floats, Sampling, as_floats, choose
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an engine without torch must not wait for it
+    from .model import GPT
     from .tokenizer import Tokenizer
 
 OVERFLOW = ("refuse", "window")
@@ -93,7 +92,7 @@ class Stream:
         longest = min(max(map(len, prompts)) + max_new_tokens, self.context)
         self.cache: Cache = session.cache if session else self.engine.new_cache(len(prompts), longest)
         seed = getrandbits(63) if seed is None else seed
-        self.generators = [torch.Generator(self.engine.device).manual_seed(seed) for _ in prompts]
+        self.generators = [np.random.default_rng(seed) for _ in prompts]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if self.overflow not in OVERFLOW:
@@ -115,7 +114,6 @@ class Stream:
         if self.session and len(prompts) > 1:
             raise LoadstoneError("a session goes on with one prompt, not with a batch.")
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
         if self.max_new_tokens == 0:
             for result in self.results:
@@ -130,14 +128,10 @@ class Stream:
                 return
             logits_BV = self._step()
 
-    def _prefill(self) -> Tensor:
+    def _prefill(self) -> Floats:
         rows = [ids[-self.context :] for ids in self.history]
         known = self._known(self.session, rows[0]) if self.session else 0
-        return self._tensor(self.engine.prefill(self.cache, {row: ids[known:] for row, ids in enumerate(rows)}))
-
-    def _tensor(self, logits: Any) -> Tensor:
-        """An engine's logits, which are numpy's or torch's, for `choose`; nothing is copied."""
-        return torch.as_tensor(logits, device=self.engine.device)
+        return as_floats(self.engine.prefill(self.cache, {row: ids[known:] for row, ids in enumerate(rows)}))
 
     def _known(self, session: Session, row: list[int]) -> int:
         """How many of the prompt's tokens the session holds already (never the last: its logits are due)."""
@@ -148,10 +142,10 @@ class Stream:
         session.ids = session.ids[:known]
         return known
 
-    def _choose(self, logits_BV: Tensor) -> list[int | None]:
+    def _choose(self, logits_BV: Floats) -> list[int | None]:
         """Choose for every row that goes on, and end rows that met a stop token or their limit."""
         if self.n_tokens is not None:
-            logits_BV[:, self.n_tokens :] = -torch.inf
+            logits_BV[:, self.n_tokens :] = -np.inf
         if self.session:
             self.session.ids = self.history[0][-self.cache.lengths[0] :]
         chosen = choose(logits_BV, self.history, self.sampling, self.generators)
@@ -171,7 +165,7 @@ class Stream:
                 result.finish = "context"
         return given
 
-    def _step(self) -> Tensor:
+    def _step(self) -> Floats:
         """Feed each row's newest token; logits after it.
 
         All rows are fed, so that they stay one batch; one that has ended, or whose window is full, writes into a slot
@@ -180,20 +174,20 @@ class Stream:
         held = self.cache.lengths
         grows = [not r.finish and n < self.context for r, n in zip(self.results, held, strict=True)]
         self.engine.reset(self.cache, [min(n, self.cache.size - 1) for n in held])
-        logits_BV = self._tensor(self.engine.decode(self.cache, [ids[-1] for ids in self.history]))
+        logits_BV = as_floats(self.engine.decode(self.cache, [ids[-1] for ids in self.history]))
         self.engine.reset(self.cache, [n + grow for n, grow in zip(held, grows, strict=True)])
         for row, result in enumerate(self.results):
             if not (grows[row] or result.finish):
                 logits_BV[row] = self._slide(row)
         return logits_BV
 
-    def _slide(self, row: int) -> Tensor:
+    def _slide(self, row: int) -> Floats:
         """The window is full: read the last half context again from position 0, for this row alone."""
         if self.session:
             self.session.ids = []
         tail = self.history[row][-max(self.context // 2, 1) :]
         self.engine.reset(self.cache, [0 if r == row else n for r, n in enumerate(self.cache.lengths)])
-        return self._tensor(self.engine.prefill(self.cache, {row: tail}))[0]
+        return as_floats(self.engine.prefill(self.cache, {row: tail}))[0]
 
 
 def generate(model: GPT | Engine, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:

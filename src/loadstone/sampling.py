@@ -1,6 +1,10 @@
 """From the scores of the next token to one token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
 The order is transformers': penalty, temperature, top-k, top-p, min-p; each filter sees what the one before left over.
+*Others* draw with their framework's generator, which differs from device to device; here it is numpy's, so that a seed
+means the same on every engine and device, and filters work on the tokens that are left and not on the vocabulary.
+
+Shapes: B rows, V vocabulary, K tokens that are left.
 """
 
 from __future__ import annotations
@@ -8,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import LoadstoneError
 
-if TYPE_CHECKING:  # engines without torch use the settings
-    import torch
-    from torch import Tensor
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 NOT_FINITE = (
     "the model gives no finite score for the next token: its weights or its config are broken. `loadstone verify` "
@@ -50,64 +54,89 @@ class Sampling:
 
 
 def choose(
-    logits_BV: Tensor, histories: Sequence[Sequence[int]], sampling: Sampling, generators: Sequence[torch.Generator]
+    logits_BV: Any, histories: Sequence[Sequence[int]], sampling: Sampling, generators: Sequence[np.random.Generator]
 ) -> list[int]:
     """One token id per row.
 
     Args:
-        logits_BV: scores, any floating type; computed on in float32.
+        logits_BV: scores, numpy's or torch's, in any floating type; computed on in float32.
         histories: tokens so far of each row, for the repetition penalty.
         sampling: the settings.
         generators: one source of randomness per row, so that a row draws the same in a batch as alone.
-    """
-    import torch
 
-    scores = logits_BV.float()
-    highest = scores.amax(dim=-1, keepdim=True)
-    if not torch.isfinite(highest).all():
+    Raises LoadstoneError for a row without a finite highest score.
+    """
+    scores_BV = as_floats(logits_BV)
+    if not np.isfinite(scores_BV.max(axis=-1)).all():
         raise LoadstoneError(NOT_FINITE)
+    rows = zip(scores_BV, histories, generators, strict=True)
+    return [_draw(*candidates(scores_V, history, sampling), generator) for scores_V, history, generator in rows]
+
+
+def as_floats(logits: Any) -> Floats:
+    """Scores as numpy's float32, in the same memory where they are that already."""
+    if not isinstance(logits, np.ndarray):
+        logits = logits.float().numpy(force=True)
+    found: Floats = logits.astype(np.float32, copy=False)
+    return found
+
+
+def candidates(scores_V: Floats, history: Sequence[int], sampling: Sampling) -> tuple[Ids, Floats]:
+    """The tokens that may be drawn, in the order of their ids, and with which probability: [K], [K]."""
     if sampling.repetition_penalty != 1.0:
         # A penalty near 0 makes scores infinite, and their differences no numbers.
-        scores = penalise(scores, histories, sampling.repetition_penalty).clamp(max=float(RANGE.max))
-        highest = scores.amax(dim=-1, keepdim=True)
+        scores_V = penalise(scores_V, history, sampling.repetition_penalty).clip(max=RANGE.max)
     if sampling.temperature < RANGE.tiny:  # what float32 takes for 0
-        return [int(token) for token in scores.argmax(dim=-1)]
+        return np.array([scores_V.argmax()]), np.ones(1, np.float32)
+    ids, kept = _top_k(scores_V, sampling.top_k)
     # Below the highest score, so that a temperature near 0 makes -inf and not inf.
-    probabilities = keep((scores - highest) / sampling.temperature, sampling).softmax(dim=-1)
-    return [
-        int(torch.multinomial(row, 1, generator=generator))
-        for row, generator in zip(probabilities, generators, strict=True)
-    ]
-
-
-def penalise(scores_BV: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Make tokens that a row has seen less likely (more, if penalty < 1)."""
-    import torch
-
-    scores_BV = scores_BV.clone()
-    for row, history in zip(scores_BV, histories, strict=True):
-        seen = torch.tensor(sorted(set(history)), device=row.device, dtype=torch.long)
-        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    return scores_BV
-
-
-def keep(scores_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Scores with everything that top-k, top-p or min-p leaves out at -inf; the likeliest token always stays."""
-    import torch
-
-    if sampling.top_k is not None and sampling.top_k < scores_BV.shape[-1]:
-        lowest = scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores_BV = scores_BV.masked_fill(scores_BV < lowest, -torch.inf)
+    with np.errstate(over="ignore"):
+        weights = np.exp((kept - kept.max()) / np.float32(sampling.temperature))
+    likely = weights / weights.sum()
     if sampling.top_p is not None and sampling.top_p < 1:
-        ranked, order = scores_BV.sort(dim=-1, descending=True, stable=True)
-        probabilities = ranked.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier ones
-        beyond = before >= sampling.top_p
-        beyond[:, 0] = False  # of a p that float32 takes for 0 too
-        out = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        scores_BV = scores_BV.masked_fill(out, -torch.inf)
+        ids, likely = _left(ids, likely, _top_p(likely, sampling.top_p))
     if sampling.min_p:
-        probabilities = scores_BV.softmax(dim=-1)
-        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        scores_BV = scores_BV.masked_fill(probabilities < least, -torch.inf)
-    return scores_BV
+        ids, likely = _left(ids, likely, likely >= np.float32(sampling.min_p) * likely.max())
+    return ids, likely
+
+
+def penalise(scores_V: Floats, history: Sequence[int], penalty: float) -> Floats:
+    """Make tokens that were there before less likely (more, if penalty < 1)."""
+    scores_V, seen = scores_V.copy(), np.unique(np.asarray(history, np.int64))
+    with np.errstate(over="ignore", divide="ignore"):
+        old = scores_V[seen]
+        scores_V[seen] = np.where(old > 0, old / np.float32(penalty), old * np.float32(penalty))
+    return scores_V
+
+
+def _top_k(scores_V: Floats, k: int | None) -> tuple[Ids, Floats]:
+    """The k likeliest, and what is as likely as the last of them."""
+    size = len(scores_V)
+    if k is None or k >= size:
+        return np.arange(size), scores_V
+    ids = np.flatnonzero(scores_V >= np.partition(scores_V, size - k)[size - k])
+    return ids, scores_V[ids]
+
+
+def _top_p(likely_K: Floats, p: float) -> NDArray[np.bool_]:
+    """The fewest whose probabilities add up to p; always one."""
+    order = np.argsort(-likely_K, kind="stable")
+    ranked = likely_K[order]
+    before = ranked.cumsum() - ranked  # mass of the likelier ones
+    stays = np.empty(len(order), bool)
+    stays[order] = before < p
+    stays[order[0]] = True  # of a p that float32 takes for 0 too
+    return stays
+
+
+def _left(ids_K: Ids, likely_K: Floats, stays_K: NDArray[np.bool_]) -> tuple[Ids, Floats]:
+    likely = likely_K[stays_K]
+    return ids_K[stays_K], likely / likely.sum()
+
+
+def _draw(ids_K: Ids, likely_K: Floats, generator: np.random.Generator) -> int:
+    if len(ids_K) == 1:
+        return int(ids_K[0])
+    sums = likely_K.cumsum(dtype=np.float64)
+    place = np.searchsorted(sums, generator.random() * sums[-1], side="right")
+    return int(ids_K[min(place, np.flatnonzero(likely_K)[-1])])

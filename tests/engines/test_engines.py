@@ -14,13 +14,15 @@ import pytest
 
 from conftest import Run
 from engine_contract import check_generation, play
+from loadstone import native
 from loadstone.config import GPTConfig
-from loadstone.engines import ENGINES, engine_of, probes, require_engine, start_engine
+from loadstone.engines import ENGINES, best_engine, engine_of, probes, require_engine, start_engine
 from loadstone.engines.eager import TorchEngine
 from loadstone.engines.fields import COMMON, require_fields
 from loadstone.engines.slots import SlotCache
 from loadstone.errors import LoadstoneError
 from loadstone.generate import generate
+from loadstone.load import open_source
 from loadstone.model import GPT
 from loadstone.positions import KVCache
 from small_gpt import small_gpt, small_llama, small_neox
@@ -142,7 +144,7 @@ def test_the_command_line_lists_and_chooses(run: Run, monkeypatch: pytest.Monkey
     status, out, _ = run("engines", "--json")
     rows = {row["engine"]: row for row in json.loads(out)}
     assert list(rows) == list(ENGINES)
-    assert rows["torch"]["default"]
+    assert [name for name, row in rows.items() if row["default"]] == ["torch" if native.missing() else "native"]
     assert not rows["max"]["available"]
     for command in ("generate", "chat"):  # refused before the source is even looked for
         arguments = ["no-such-source", *(["x"] if command == "generate" else []), "--engine", "max"]
@@ -151,7 +153,20 @@ def test_the_command_line_lists_and_chooses(run: Run, monkeypatch: pytest.Monkey
         assert "engine max: it was written for max 26.6" in error
         assert "--engine torch runs every model" in error
     same = ["generate", "tiny", "It was", "-n", 8, "--seed", 1]
-    assert run(*same) == run(*same, "--engine", "torch")
+    assert run(*same) == run(*same, "--engine", best_engine(open_source("tiny").config))
+
+
+def test_what_runs_if_no_engine_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_source("tiny").config
+    if not native.missing():
+        assert best_engine(config) == best_engine(config, "cpu", "q4") == "native"
+    assert best_engine(config, "cuda") == best_engine(config, dtype="float64") == "torch"
+    assert best_engine(config.with_overrides({"window": 5})) == "torch"
+    monkeypatch.setattr(native, "missing", lambda: "it is not built.")
+    assert best_engine(config) == "torch"
+    _, out, _ = run("engines")
+    assert "everything works (used if none is named)" in out
+    assert "not here: it is not built." in out
 
 
 def test_generation_is_the_same_when_an_engine_is_named() -> None:

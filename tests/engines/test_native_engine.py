@@ -33,20 +33,10 @@ def test_generation_is_that_of_torch(overflow: str) -> None:
 
 
 def test_the_command_line(run: Run) -> None:
-    same = [
-        "generate",
-        "tiny",
-        "It was a dark night, and",
-        "--temperature",
-        0,
-        "-n",
-        12,
-        "--json",
-        "--dtype",
-        "float32",
-    ]
-    texts = [json.loads(run(*same, "--engine", engine)[1])[0]["text"] for engine in ("torch", "native")]
-    assert texts[0] == texts[1]
+    for choice in (["--temperature", 0], ["--temperature", 1.2, "--seed", 3], ["--top-p", 0.9, "--seed", 4]):
+        same = ["generate", "tiny", "It was a dark night, and", *choice, "-n", 12, "--json", "--dtype", "float32"]
+        texts = {json.loads(run(*same, "--engine", engine)[1])[0]["text"] for engine in ("torch", "native")}
+        assert len(texts) == 1, choice
     status, out, _ = run("generate", "tiny", "It was", "--engine", "native", "--dtype", "q4", "-n", 3)
     assert status == 0
     assert out.startswith("It was")

@@ -10,7 +10,7 @@ import torch
 
 from loadstone.generate import generate
 from loadstone.load import load_model, open_source
-from loadstone.sampling import Sampling, keep, penalise
+from loadstone.sampling import Sampling, candidates, penalise
 from loadstone.verify import verify
 
 transformers = pytest.importorskip("transformers")
@@ -122,14 +122,18 @@ def test_sampling_filters(seed: int) -> None:
     scores, history = torch.randn(3, 50) * 3, [[1, 2, 3], [4, 4], [5]]
     ids = torch.tensor([[1, 2, 3], [4, 4, 4], [5, 5, 5]])
     penalty = logits_process.RepetitionPenaltyLogitsProcessor(1.3)
-    assert torch.equal(penalise(scores, history, 1.3), penalty(ids, scores))
+    penalised = [torch.from_numpy(penalise(*row, 1.3)) for row in zip(scores.numpy(), history, strict=True)]
+    assert torch.equal(torch.stack(penalised), penalty(ids, scores))
     for settings, warper in (
         ({"top_k": 7}, logits_process.TopKLogitsWarper(7)),
         ({"top_p": 0.8}, logits_process.TopPLogitsWarper(0.8)),
         ({"min_p": 0.1}, logits_process.MinPLogitsWarper(0.1)),
     ):
-        sampling = Sampling(temperature=1.0, **settings)
-        assert torch.equal(keep(scores, sampling), warper(ids, scores.clone()))
+        expected = warper(ids, scores.clone()).softmax(dim=-1)
+        for row, want in zip(scores.numpy(), expected, strict=True):
+            kept, likely = candidates(row, [], Sampling(temperature=1.0, **settings))
+            assert kept.tolist() == want.nonzero().flatten().tolist()
+            torch.testing.assert_close(torch.from_numpy(likely), want[kept], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("folder", ["tinystories-656k-llama", "tiny-random-gpt2"])

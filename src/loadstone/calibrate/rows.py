@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,8 +96,8 @@ def own_rows(
             model, [[begin]] * number, max_new_tokens=length - 1, sampling=Sampling(temperature=1.0), seed=seed,
             n_tokens=n_tokens,
         )  # fmt: skip
-        for row, generator in enumerate(stream.generators):
-            generator.manual_seed(seed + 1_000_003 * (first + row))  # a prompt alone gets the same text in each row
+        # With one seed for all, as prompts in a batch have it, each row would get the same text.
+        stream.generators = [np.random.default_rng([seed, first + row]) for row in range(number)]
         for step, _ in enumerate(stream):
             if progress:
                 progress(first * length + (step + 1) * number, count * length)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..engines import DEFAULT, open_engine, require_engine, start_engine
+from ..engines import AUTO, best_engine, open_engine, require_engine, start_engine
 from ..errors import LoadstoneError
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class OpenOptions:
     def load_as(self, source: str, dtype: str, device: str = "cpu") -> tuple[Identity, GPT, Tokenizer | None]:
         """Open, plan and load with a progress bar; a plan with problems ends here."""
         identity = self.open(source)
+        return identity, *self.load_opened(identity, dtype, device)
+
+    def load_opened(self, identity: Identity, dtype: str, device: str = "cpu") -> tuple[GPT, Tokenizer | None]:
+        """The rest of `load_as`."""
         identity.plan.require_clean(str(identity.checkpoint.path))
         from ..load import load_model, load_tokenizer_for
 
@@ -66,7 +70,7 @@ class OpenOptions:
             model = load_model(identity, dtype=dtype, device=device, progress=progress)
         tokenizer = load_tokenizer_for(identity)
         _tell(identity)
-        return identity, model, tokenizer
+        return model, tokenizer
 
 
 def _tell(identity: Identity) -> None:
@@ -91,26 +95,32 @@ class EngineOptions(RunOptions):
     """How to read SRC and what runs it."""
 
     engine: Annotated[
-        str, typer.Option(help="torch, compile, max or native; `loadstone engines` tells which work here.")
-    ] = DEFAULT
+        str,
+        typer.Option(
+            help="torch, compile, max or native (`loadstone engines` tells which work here); auto: native for models "
+            "that it knows, on a CPU; torch otherwise."
+        ),
+    ] = AUTO
 
     def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
-        """The model on the engine; one that cannot run here is refused before anything is loaded."""
-        kind = require_engine(self.engine, self.device, self.dtype)
+        """The model on the engine; one that cannot run here is refused before anything is opened."""
+        if self.engine != AUTO:
+            require_engine(self.engine, self.device, self.dtype)
+        identity = self.open(source)
+        name = best_engine(identity.config, self.device, self.dtype) if self.engine == AUTO else self.engine
+        kind = require_engine(name, self.device, self.dtype)
         if kind.from_source:
-            return self._open_engine(source)
-        if self.dtype == "auto" and kind.dtypes:
-            self.dtype = kind.dtypes[0]
-        _, model, tokenizer = self.load(source)
-        with progress_bar(f"starting {self.engine}"):
-            return start_engine(self.engine, model), tokenizer
+            return self._open_engine(name, identity)
+        dtype = kind.dtypes[0] if self.dtype == "auto" and kind.dtypes else self.dtype
+        model, tokenizer = self.load_opened(identity, dtype, self.device)
+        with progress_bar(f"starting {name}"):
+            return start_engine(name, model), tokenizer
 
-    def _open_engine(self, source: str) -> tuple[Engine, Tokenizer | None]:
+    def _open_engine(self, name: str, identity: Identity) -> tuple[Engine, Tokenizer | None]:
         from ..load import load_tokenizer_for
 
-        identity = self.open(source)
-        with progress_bar(f"packing for {self.engine}"):
-            engine = open_engine(self.engine, identity, self.dtype)
+        with progress_bar(f"packing for {name}"):
+            engine = open_engine(name, identity, self.dtype)
         tokenizer = load_tokenizer_for(identity)
         _tell(identity)
         return engine, tokenizer

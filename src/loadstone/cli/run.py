@@ -70,13 +70,14 @@ def chat(
 
 def engines(as_json: Json = False) -> None:
     """Which engines can run models here, which is used if none is named, and why not the others."""
-    from ..engines import DEFAULT, ENGINES
+    from ..engines import ENGINES
 
     found = {name: kind.missing() for name, kind in ENGINES.items()}
+    default = "torch" if found["native"] else "native"
     if as_json:
         print_json(
             [
-                {"engine": name, "default": name == DEFAULT, "available": not reason, "about": ENGINES[name].about}
+                {"engine": name, "default": name == default, "available": not reason, "about": ENGINES[name].about}
                 | ({"missing": reason} if reason else {})
                 for name, reason in found.items()
             ]
@@ -84,6 +85,8 @@ def engines(as_json: Json = False) -> None:
         return
     for name, reason in found.items():
         mark = "no " if reason else "ok "
-        print(f"{mark} {name:8} {ENGINES[name].about}" + (" (used if none is named)" if name == DEFAULT else ""))
+        print(f"{mark} {name:8} {ENGINES[name].about}" + (" (used if none is named)" if name == default else ""))
         if reason:
             print(f"             not here: {reason}")
+    if default != "torch":
+        print("If none is named, models, types and devices that native does not know go to torch.")

@@ -12,16 +12,18 @@ from . import probes
 from .protocol import Cache, Engine, EngineMissingError
 
 if TYPE_CHECKING:
+    from ..config import GPTConfig
     from ..model import GPT
     from ..weightmap import Identity
 
 __all__ = [
-    "DEFAULT",
+    "AUTO",
     "ENGINES",
     "Cache",
     "Engine",
     "EngineMissingError",
     "Kind",
+    "best_engine",
     "engine_of",
     "open_engine",
     "require_engine",
@@ -49,7 +51,7 @@ class Kind:
     from_source: bool = False
 
 
-DEFAULT = "torch"
+AUTO = "auto"  # `best_engine` chooses
 ENGINES: dict[str, Kind] = {
     "torch": Kind("the model as it is written, operation by operation; everything works", "eager:TorchEngine"),
     "compile": Kind(
@@ -77,13 +79,23 @@ def engine_of(model: GPT | Engine) -> Engine:
     return TorchEngine(model)
 
 
+def best_engine(config: GPTConfig, device: str = "cpu", dtype: str = "auto") -> str:
+    """`native` where it is built and knows the model, the type and the device; `torch`, which knows all, elsewhere."""
+    kind = ENGINES["native"]
+    if kind.missing() or device not in kind.devices or dtype not in ("auto", *kind.dtypes):
+        return "torch"
+    from ..native import unsupported
+
+    return "torch" if unsupported(config) else "native"
+
+
 def require_engine(name: str, device: str = "cpu", dtype: str = "auto") -> Kind:
     """The table's entry. Raises LoadstoneError for a name that is not there and for what the engine cannot do here."""
     kind = ENGINES.get(name)
     if kind is None:
         raise LoadstoneError(f"no engine is called {name!r}; known: {', '.join(ENGINES)} (`loadstone engines`).")
     if reason := kind.missing():
-        raise EngineMissingError(f"engine {name}: {reason} Without it, --engine {DEFAULT} runs every model.")
+        raise EngineMissingError(f"engine {name}: {reason} Without it, --engine torch runs every model.")
     if kind.devices and device not in kind.devices:
         raise LoadstoneError(f"engine {name} runs on {' and '.join(kind.devices)} only; device {device} was asked for.")
     if kind.dtypes and dtype not in ("auto", *kind.dtypes):

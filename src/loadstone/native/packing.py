@@ -57,7 +57,7 @@ def choose_types(identity: Identity, slots: Slots, width: str) -> NDArray[np.int
     """The type of each matrix. Raises LoadstoneError for an unknown width and for weights that are integers."""
     if width != "auto" and width not in WIDTHS:
         raise LoadstoneError(f"width must be auto, {', '.join(WIDTHS)}; found {width!r}.")
-    types = np.zeros(slots.count, np.int32)
+    types, widened = np.zeros(slots.count, np.int32), set()
     for step in identity.plan.steps:
         if step.dtype.startswith(("int", "uint", "bool", "complex")):
             raise LoadstoneError(
@@ -66,6 +66,13 @@ def choose_types(identity: Identity, slots: Slots, width: str) -> NDArray[np.int
         for target in step.targets:
             if target in slots.matrices:
                 types[slots.matrices[target]] = _type(step.dtype, width, head=not target.startswith("blocks."))
+                if width == "auto" and step.dtype not in AS_STORED:
+                    widened.add(step.dtype)
+    if widened:
+        identity.remarks.append(
+            f"the engine native rounds {', '.join(sorted(widened))} to blocks of 8 bits (Q8_0); --dtype float32 or "
+            "--engine torch keeps every value."
+        )
     return types
 
 

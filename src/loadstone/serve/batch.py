@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class FullError(LoadstoneError):
 @dataclass
 class _Row:
     job: Job
-    generator: torch.Generator
+    generator: np.random.Generator
     history: list[int]
     todo: list[int]  # tokens that the cache does not hold yet; the last one's logits are due
     made: int = 0
@@ -211,8 +212,7 @@ class Batch:
                 self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        generator = torch.Generator(self.model.tok_emb.weight.device).manual_seed(job.seed)
-        row = _Row(job, generator, list(job.ids), list(job.ids))
+        row = _Row(job, np.random.default_rng(job.seed), list(job.ids), list(job.ids))
         try:
             job.known = self.slots.admit(job.ids)
         except Exception as error:
