@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import dialects
 from faults import FAULTS, GPT2, opened
-from loadstone.cli import app
+from loadstone.cli import command_line
 from loadstone.diagnose.compare import compare, model_logits
 from loadstone.diagnose.precision import loosest, precision, rounded_to
 from loadstone.diagnose.reference import find_reference, trace_source
@@ -240,21 +240,23 @@ def test_the_command_writes_a_trace_and_verifies_against_it(tmp_path: Path) -> N
     fault = FAULTS["gpt2: one square matrix transposed"]
     bad = write_hf(tmp_path / "bad", fault.plant(dict(GPT2)), n_positions=72)
     path = tmp_path / "t.safetensors"
-    result = run(app, ["trace", str(good), "-o", str(path)])
+    result = run(command_line(), ["trace", str(good), "-o", str(path)])
     assert result.exit_code == 0
     assert "prompts of 1, 7, 64, 72 tokens, 35 modules" in result.output
-    result = run(app, ["verify", str(good), "--against", str(path)])
+    result = run(command_line(), ["verify", str(good), "--against", str(path)])
     assert (result.exit_code, "diagnosis" in result.output) == (0, False)
     assert "usually gives a relative difference of" in result.output
-    result = run(app, ["verify", str(bad), "--against", str(path)])
+    result = run(command_line(), ["verify", str(bad), "--against", str(path)])
     assert result.exit_code == 1
     assert "1. h.2.attn.c_proj.weight: transposed; this file stores [out, in]" in result.output
     assert "this repair restores the logits at all lengths" in result.output
-    result = run(app, ["verify", str(bad), "--against", str(path), "--json"])
+    result = run(command_line(), ["verify", str(bad), "--against", str(path), "--json"])
     data = json.loads(result.stdout)
     assert data["ok"] is False
     assert data["diagnosis"]["causes"][0]["tensors"] == ["h.2.attn.c_proj.weight"]
-    result = run(app, ["trace", str(good), "-o", str(path), "--lengths", "3,9", "--no-activations", "--json"])
+    result = run(
+        command_line(), ["trace", str(good), "-o", str(path), "--lengths", "3,9", "--no-activations", "--json"]
+    )
     assert json.loads(result.stdout)["lengths"] == [3, 9]
     assert load_trace(path).has_activations is False
 
@@ -266,7 +268,7 @@ def test_the_command_writes_a_trace_and_verifies_against_it(tmp_path: Path) -> N
 )  # fmt: skip
 def test_bad_lengths(tmp_path: Path, arguments: list[str], message: str) -> None:
     good = write_hf(tmp_path / "good", GPT2, n_positions=72)
-    result = CliRunner().invoke(app, ["trace", str(good), "-o", str(tmp_path / "t"), *arguments])
+    result = CliRunner().invoke(command_line(), ["trace", str(good), "-o", str(tmp_path / "t"), *arguments])
     assert isinstance(result.exception, LoadstoneError)
     assert message in str(result.exception)
 

@@ -72,9 +72,9 @@ def test_an_engine_stays_itself_and_a_model_runs_on_torch() -> None:
 def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadstoneError, match=r"no engine is called 'metal'; known: torch, compile, max"):
         require_engine("metal")
-    monkeypatch.setattr(probes, "version", lambda name: "26.6.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "26.6.1")
     assert probes.max_package() == ""
-    monkeypatch.setattr(probes, "version", lambda name: "27.1.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "27.1.0")
     assert "written for max 26.6" in probes.max_package()
     assert "here is max 27.1.0. Install it with `pip install" in probes.max_package()
     monkeypatch.setitem(ENGINES, "max", ENGINES["torch"].__class__("", "", lambda: "", ("cpu",), ("float32",)))
@@ -137,7 +137,7 @@ def test_the_table_costs_no_torch_and_no_max() -> None:
 
 
 def test_the_command_line_lists_and_chooses(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(probes, "version", lambda name: "25.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "25.1")
     status, out, _ = run("engines")
     assert (status, out.count("ok  torch"), out.count("(used if none is named)")) == (0, 1, 1)
     assert "not here: it was written for max 26.6" in out

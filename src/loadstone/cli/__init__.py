@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from types import FrameType
 from typing import Annotated
 
@@ -15,56 +17,40 @@ import typer
 
 from ..checkpoint.wording import visible
 from ..errors import LoadstoneError
-from . import (
-    adapter,
-    classify,
-    compare,
-    diff,
-    eval,
-    extend,
-    fetch,
-    look,
-    plot,
-    prepare,
-    prove,
-    prune,
-    quantize,
-    run,
-    serve,
-    train,
-    upcycle,
-    write,
-)
 from .options import spread
 
-app = typer.Typer(
-    name="loadstone",
-    help="Load any GPT checkpoint, prove that it loaded right, and run it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+VERBS = {  # and the module of each (with the function, if it has another name), in the order of --help
+    "inspect": "look", "plan": "look", "verify": "prove", "trace": "prove", "diff": "diff", "compare": "compare",
+    "generate": "run", "chat": "run", "engines": "run", "serve": "serve", "convert": "write", "pull": "fetch",
+    "prepare": "prepare", "train": "train", "finetune": "train", "merge": "adapter", "classify": "classify",
+    "extend": "extend", "plot": "plot", "quantize": "quantize", "prune": "prune", "upcycle": "upcycle",
+    "eval": "eval:evaluate",
+}  # fmt: skip
 
 
-@app.callback(invoke_without_command=True)
+def command_line(verbs: Iterable[str] = VERBS) -> typer.Typer:
+    """The program with some of its commands: one that does not run costs no time."""
+    app = typer.Typer(
+        name="loadstone",
+        help="Load any GPT checkpoint, prove that it loaded right, and run it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_main)
+    for verb in verbs:
+        module, _, function = VERBS[verb].partition(":")
+        app.command(verb)(spread(getattr(import_module(f".{module}", __name__), function or verb)))
+    return app
+
+
 def _main(version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
     if version:
         from .._version import __version__
 
         print(f"loadstone {__version__}")
         raise typer.Exit
-
-
-VERBS = (
-    *(look.inspect, look.plan, prove.verify, prove.trace, diff.diff, compare.compare),
-    *(run.generate, run.chat, run.engines, serve.serve, write.convert, fetch.pull),
-    *(prepare.prepare, train.train, train.finetune, adapter.merge, classify.classify, extend.extend, plot.plot),
-    *(quantize.quantize, prune.prune, upcycle.upcycle),
-)
-for _verb in VERBS:
-    app.command()(spread(_verb))
-app.command("eval")(spread(eval.evaluate))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -83,7 +69,8 @@ def main() -> None:
     ):  # so that a conversion that is ended takes its half-written files along
         signal.signal(number, _leave)
     try:
-        app(prog_name="loadstone")
+        verb = sys.argv[1] if len(sys.argv) > 1 else ""
+        command_line([verb] if verb in VERBS else VERBS)(prog_name="loadstone")
     except LoadstoneError as error:
         print(f"loadstone: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)

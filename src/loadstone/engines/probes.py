@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 
 MAX_VERSIONS = ("26.6",)  # whose graph interface `max_graph` was written and tested against
 
@@ -21,9 +20,11 @@ def compiler() -> str:
 
 def max_package() -> str:
     install = f"Install it with `pip install 'loadstone[max]'` (max=={MAX_VERSIONS[-1]}.*, 240 MB; no Windows)."
+    from importlib import metadata  # slow, and no command but `engines` asks
+
     try:
-        found = version("max")
-    except PackageNotFoundError:
+        found = metadata.version("max")
+    except metadata.PackageNotFoundError:
         return f"it needs Modular's package `max`, which is not installed. {install}"
     if found.split(".")[:2] not in [known.split(".") for known in MAX_VERSIONS]:
         return (
