@@ -13,6 +13,7 @@ from engine_contract import PROMPTS, check_generation, play
 from loadstone.engines import compiled, start_engine
 from loadstone.engines.compiled import CompileEngine, bucket
 from loadstone.engines.protocol import EngineMissingError
+from loadstone.errors import LoadstoneError
 from loadstone.generate import generate
 from loadstone.model import GPT
 from small_gpt import small_gpt, small_llama, small_neox
@@ -36,10 +37,21 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("make", [lambda: small_gpt(2), small_neox])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small_gpt(2), small_neox, lambda: small_llama(2, window=3, qk_norm=True),
+        lambda: small_gpt(2, parallel_residual=True, shared_norm=True, tied=False, head_bias=True),
+    ],
+)  # fmt: skip
 def test_it_keeps_the_contract(make: Callable[[], GPT]) -> None:
     model = make().eval()
     play(start_engine("compile", model), model)
+
+
+def test_what_it_does_not_do_is_refused_by_name() -> None:
+    with pytest.raises(LoadstoneError, match="engine compile does not do n_experts = 4, n_experts_used = 2, which"):
+        start_engine("compile", small_llama(1, n_experts=4, n_experts_used=2))
 
 
 def test_it_keeps_the_contract_in_small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

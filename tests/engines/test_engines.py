@@ -107,7 +107,7 @@ def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch, cxx: str, the
 def test_fields_that_an_engine_does_not_obey_are_refused_by_name() -> None:
     config = GPTConfig(61, 24, 16, 1, 4, norm_bias=False)
     require_fields(config, "max")
-    with pytest.raises(LoadstoneError, match="engine max does not do norm_bias, which this model needs"):
+    with pytest.raises(LoadstoneError, match="engine max does not do norm_bias = False, which this model needs"):
         require_fields(config, "max", COMMON - {"norm_bias", "tied"})
 
 

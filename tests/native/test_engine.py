@@ -19,6 +19,7 @@ from loadstone.load import open_source
 from loadstone.native import NativeEngine, open_native
 from loadstone.native.library import choose_threads, missing
 from native_models import GPT2, engine_of, ids_of, model_of
+from small_gpt import small_llama
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +130,14 @@ def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_threads(wrong)
 
 
-def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_said() -> None:
     identity = open_source(model_of(GPT2))
     with pytest.raises(LoadstoneError, match="width must be auto, float32"):
         open_native(identity, width="q3")
     with pytest.raises(LoadstoneError, match="cannot run as 'mmx' here; it can as portable"):
         open_native(identity, level="mmx")
-    monkeypatch.setattr("loadstone.native.engine.KNOWN", frozenset({"vocab_size"}))
-    with pytest.raises(LoadstoneError, match=r"does not know .*d_model = 64.*the engine torch"):
-        open_native(identity)
+    with pytest.raises(LoadstoneError, match=r"engine native does not do window = 5, which this model needs"):
+        open_native(open_source(small_llama(1, window=5)))
 
 
 @pytest.mark.usefixtures("unbuilt")

@@ -84,9 +84,9 @@ def best_engine(config: GPTConfig, device: str = "cpu", dtype: str = "auto") -> 
     kind = ENGINES["native"]
     if kind.missing() or device not in kind.devices or dtype not in ("auto", *kind.dtypes):
         return "torch"
-    from ..native import unsupported
+    from .fields import unknown_fields
 
-    return "torch" if unsupported(config) else "native"
+    return "torch" if unknown_fields(config) else "native"
 
 
 def require_engine(name: str, device: str = "cpu", dtype: str = "auto") -> Kind:

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from ..model import GPT
 from ..positions import rotation
-from .fields import require_fields
+from .fields import COMMON, require_fields
 from .protocol import Engine, EngineMissingError
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 32, 256  # tokens and slots; everything else is a power of two, or the context
+OBEYED = COMMON | {"window", "qk_norm", "shared_norm", "head_bias"}  # experts would be shapes that follow from data
 MOST_SHAPES = 64  # (rows, tokens, slots) of one process; torch gives up on compiling after 8 otherwise
 
 
@@ -62,15 +63,18 @@ class _Places:
     causal = False
 
     def __init__(
-        self, starts_B: Tensor, counts_B: Tensor, T: int, kv: list[Tensor], turns: tuple[Tensor, Tensor] | None
-    ) -> None:
+        self, starts_B: Tensor, counts_B: Tensor, T: int, kv: list[Tensor], window: int,
+        turns: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         self.kv, slots, device = kv, kv[0].shape[2] - 1, starts_B.device
         steps_T = torch.arange(T, device=device)
         at_BT = starts_B[:, None] + steps_T
         self.ids_BT = at_BT.clamp(max=slots - 1)
         self.slots_BT = torch.where(steps_T < counts_B[:, None], at_BT, slots)
         self.rows_B1 = torch.arange(len(starts_B), device=device)[:, None]
-        self.mask = (torch.arange(slots + 1, device=device) <= self.ids_BT[..., None])[:, None]  # [B, 1, T, S + 1]
+        keys, queries = torch.arange(slots + 1, device=device), self.ids_BT[..., None]
+        seen = (keys <= queries) & (keys > queries - window) if window else keys <= queries
+        self.mask = seen[:, None]  # [B, 1, T, S + 1]
         # cos and sin, both [B, 1, T, R/2], out of those of all positions
         self.rotation = (turns[0][self.ids_BT][:, None], turns[1][self.ids_BT][:, None]) if turns else None
 
@@ -96,7 +100,7 @@ class _Step(nn.Module):
 
     def forward(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, kv: list[Tensor]) -> Tensor:
         model = self.model
-        places = _Places(starts_B, counts_B, ids_BT.shape[1], kv, self.turns)
+        places = _Places(starts_B, counts_B, ids_BT.shape[1], kv, model.config.window, self.turns)
         x_BTC = model.tok_emb(ids_BT)
         if model.pos_emb is not None:
             x_BTC = x_BTC + model.pos_emb(places.ids_BT)
@@ -110,7 +114,7 @@ class CompileEngine(Engine):
 
     def __init__(self, model: GPT) -> None:
         self.model, self.config, self.device = model, model.config, model.tok_emb.weight.device
-        require_fields(self.config, "compile")
+        require_fields(self.config, "compile", OBEYED)
         self._step = torch.compile(_Step(model).eval(), dynamic=False, fullgraph=True, options={"freezing": True})
 
     def new_cache(self, batch: int = 1, length: int | None = None, *, allocate: int | None = None) -> StaticCache:

@@ -15,10 +15,15 @@ COMMON = frozenset(
 )
 
 
+def unknown_fields(config: GPTConfig, obeyed: Set[str] = COMMON) -> list[str]:
+    """What the model has that the engine does not obey: `field = value`, for values that are not the default."""
+    pairs = [(field, getattr(config, field.name)) for field in fields(config) if field.name not in obeyed]
+    return [f"{field.name} = {value!r}" for field, value in pairs if value != field.default]
+
+
 def require_fields(config: GPTConfig, engine: str, obeyed: Set[str] = COMMON) -> None:
     """Raises LoadstoneError if a field that the engine does not obey has another value than its default."""
-    odd = [f.name for f in fields(config) if f.name not in obeyed and getattr(config, f.name) != f.default]
-    if odd:
+    if unknown := unknown_fields(config, obeyed):
         raise LoadstoneError(
-            f"engine {engine} does not do {', '.join(odd)}, which this model needs; use --engine torch."
+            f"engine {engine} does not do {', '.join(unknown)}, which this model needs; use --engine torch."
         )

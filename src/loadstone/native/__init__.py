@@ -4,7 +4,7 @@ Why not as others do it: frameworks pay for each operation of a token and read t
 call runs a token through all layers, and weights lie in the order of use in pages of 2 MB. docs/native.md says how.
 """
 
-from .engine import NativeCache, NativeEngine, open_native, unsupported
+from .engine import NativeCache, NativeEngine, open_native
 from .library import available, levels, missing
 
-__all__ = ["NativeCache", "NativeEngine", "available", "levels", "missing", "open_native", "unsupported"]
+__all__ = ["NativeCache", "NativeEngine", "available", "levels", "missing", "open_native"]

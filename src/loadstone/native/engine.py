@@ -9,7 +9,6 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,13 @@ from numpy.typing import NDArray
 from ..config import GPTConfig
 from ..config.base import ACTIVATIONS
 from ..config.frequencies import frequencies_of
-from ..errors import LoadstoneError
+from ..engines.fields import require_fields
 from ..load import settle_tie
 from ..weightmap import Identity
 from .library import Config, choose_level, choose_threads, library
 from .packing import F16, F32, Slots, choose_types, fill
 
 Floats = NDArray[np.float32]
-
-# Fields of the config that the native library knows; another one that is on is refused by its name.
-KNOWN = frozenset(
-    "vocab_size context_length d_model n_layers n_heads n_kv_heads head_dim d_ff architecture norm norm_eps activation "
-    "gated_mlp rope parallel_residual qkv_bias attn_out_bias mlp_bias norm_bias tied bos_id eos_ids".split()
-)
 
 
 class NativeCache:
@@ -162,15 +155,8 @@ def open_native(
     Raises LoadstoneError if the library is not built, or the model has something that it does not know.
     """
     identity.plan.require_clean(str(identity.checkpoint.path))
-    if unknown := unsupported(identity.config):
-        raise LoadstoneError(f"engine native does not know {', '.join(unknown)}; the engine torch runs such a model.")
+    require_fields(identity.config, "native")
     return NativeEngine(identity, width=width, threads=threads, level=level)
-
-
-def unsupported(config: GPTConfig) -> list[str]:
-    """What the model has that the native engine does not know: `field = value`."""
-    found = [(field.name, getattr(config, field.name), field.default) for field in fields(config)]
-    return [f"{name} = {value!r}" for name, value, default in found if name not in KNOWN and value != default]
 
 
 def _targets(identity: Identity) -> Iterable[str]:
