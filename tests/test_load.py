@@ -42,7 +42,11 @@ def test_every_container_gives_the_same_model_bit_for_bit(tmp_path: Path) -> Non
     }
     heads = {"n_heads": 4}
     reference = load_model(open_source(write_hf(tmp_path / "hf")))
+    # DialoGPT's .pkl: HuggingFace's names with the head's old one, the head a second copy.
+    dialogue = tensors_of({f"transformer.{name}": array for name, array in GPT2.items()})
+    dialogue["lm_head.decoder.weight"] = dialogue["transformer.wte.weight"].clone()
     sources: list[tuple[Path, dict[str, Any], str]] = [
+        (write_torch(tmp_path / "small_ft.pkl", dialogue, legacy=True), heads, "gpt2/hf"),
         (write_torch(tmp_path / "zip.pth", raschka), heads, "gpt2/raschka"),
         (write_torch(tmp_path / "legacy.bin", raschka, legacy=True), heads, "gpt2/raschka"),
         (write_torch(tmp_path / "ckpt.pt", training), {"activation": "gelu_tanh"}, "gpt2/nanogpt"),

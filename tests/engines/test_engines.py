@@ -16,9 +16,9 @@ from conftest import Run
 from engine_contract import check_generation, play
 from loadstone import native
 from loadstone.config import GPTConfig
+from loadstone.config.common import COMMON, require_fields
 from loadstone.engines import ENGINES, best_engine, engine_of, probes, require_engine, start_engine
 from loadstone.engines.eager import TorchEngine
-from loadstone.engines.fields import COMMON, require_fields
 from loadstone.engines.slots import SlotCache
 from loadstone.errors import LoadstoneError
 from loadstone.generate import generate

@@ -84,7 +84,7 @@ def best_engine(config: GPTConfig, device: str = "cpu", dtype: str = "auto") -> 
     kind = ENGINES["native"]
     if kind.missing() or device not in kind.devices or dtype not in ("auto", *kind.dtypes):
         return "torch"
-    from .fields import unknown_fields
+    from ..config.common import unknown_fields
 
     return "torch" if unknown_fields(config) else "native"
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config.common import COMMON, require_fields
 from ..model import GPT
 from ..positions import rotation
-from .fields import COMMON, require_fields
 from .protocol import Engine, EngineMissingError
 
 SMALLEST_PROMPT, SMALLEST_CACHE = 32, 256  # tokens and slots; everything else is a power of two, or the context

@@ -20,7 +20,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, Dim, Graph, TensorType, TensorValue, ops
 
 from ..config import GPTConfig
-from .fields import require_fields
+from ..config.common import require_fields
 
 CPU = DeviceRef.CPU()
 F32, I64 = DType.float32, DType.int64

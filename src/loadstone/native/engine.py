@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ..config import GPTConfig
 from ..config.base import ACTIVATIONS
+from ..config.common import require_fields
 from ..config.frequencies import frequencies_of
-from ..engines.fields import require_fields
 from ..load import settle_tie
 from ..weightmap import Identity
 from .library import Config, choose_level, choose_threads, library

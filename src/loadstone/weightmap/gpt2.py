@@ -51,8 +51,11 @@ MASKS = (
     Ignore("h.{i}.attn.masked_bias", "value under the causal mask, a buffer", "scalar"),
 )
 
-# transformers' Conv1D stores [in, out].
-HF = WeightMap("gpt2", "hf", _huggingface_names(Transpose()), MASKS, orientation="[in, out]", prefix="transformer.")
+# transformers' Conv1D stores [in, out]. The head had another name in its first releases, and so in DialoGPT's files.
+HF = WeightMap(
+    "gpt2", "hf", _huggingface_names(Transpose()), MASKS, orientation="[in, out]", prefix="transformer.",
+    synonyms={"lm_head.decoder.weight": "lm_head.weight"},
+)  # fmt: skip
 
 # nanoGPT: the same names over nn.Linear.
 NANOGPT = WeightMap("gpt2", "nanogpt", _huggingface_names(), MASKS, prefix="transformer.", shares_head=True)

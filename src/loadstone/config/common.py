@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import fields
 
-from ..config import GPTConfig
 from ..errors import LoadstoneError
+from .base import GPTConfig
 
 # GPT-2, GPT-NeoX, Llama and what lies between.
 COMMON = frozenset(
