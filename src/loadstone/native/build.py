@@ -20,7 +20,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_engine.so"
-SOURCES = tuple(HERE / name for name in ("engine.h", "engine.cpp", "model.cpp"))
+ONCE, PER_LEVEL = ("engine.cpp", "team.cpp"), "level.cpp"
+HEADERS = "engine.h vectors.h products.h attention.h forward.h packing.h".split()
+SOURCES = tuple(HERE / name for name in (*HEADERS, *ONCE, PER_LEVEL))
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
 LEVELS: dict[str, Sequence[str]] = {
     "portable": (),
@@ -69,9 +71,9 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
     flags = [*_FLAGS, f'-DSOURCE_HASH="{source_hash()}"']
     checks = ["-g", "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [[*flags, *checks, str(SOURCES[1])]]
+        jobs = [[*flags, *checks, str(HERE / name)] for name in ONCE]
         jobs += [
-            [*flags, *checks, *extra, f"-DLEVEL={level}", str(SOURCES[2])]
+            [*flags, *checks, *extra, f"-DLEVEL={level}", str(HERE / PER_LEVEL)]
             for level, extra in LEVELS.items()
             if x86 or not extra
         ]
