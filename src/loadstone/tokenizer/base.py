@@ -21,7 +21,6 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from ..errors import TokenizerError
-from .chat import render
 
 # OpenAI's 1:1 map of bytes to printable characters (gpt-2/src/encoder.py): printable latin-1 stands for itself, the
 # other 68 bytes are U+0100 and on, in order.
@@ -168,6 +167,8 @@ class Tokenizer:
                 f"{self.source}: there is no chat template, so this is no chat model, or its chat_template.jinja is "
                 "missing. Give plain text."
             )
+        from .chat import render  # Jinja takes a tenth of the time that a process needs to its first token
+
         return render(self.chat_template, messages, self.special, self.source, add_generation_prompt)
 
     def _known(self, token: int) -> int:
