@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -74,10 +75,9 @@ def test_the_library_itself_refuses_what_the_wrapper_would_not_send(engine: Nati
     assert status([1], [0], [1], [-1])
     assert status([1], [0], [2**30], [0])
     assert status([259], [0], [1], [0])
-    assert lib.ls_pack(engine.handle, 10**6, 0, 0, 0, 0, 0, 1)
-    assert lib.ls_pack(engine.handle, 0, 0, 9, 0, 0, 0, 1)
-    assert lib.ls_pack(engine.handle, 0, 0, 0, 0, 0, 8, 1)
-    assert lib.ls_pack(engine.handle, 0, 0, 0, 0, 0, 64, 16)
+    for slot, kind, first, rows in ((10**6, 0, 0, 1), (0, 9, 0, 1), (0, 0, 8, 1), (0, 0, 64, 16), (0, 3, 0, 16)):
+        work = library_module.Packing(None, 0, 0, slot, kind, first, rows, False)
+        assert lib.ls_pack(engine.handle, ctypes.byref(work), 1)
     assert lib.ls_vector(engine.handle, 0, out.ctypes.data, 3)
     with pytest.raises(IndexError, match="no row"):
         engine.weight_row("tok_emb.weight", 259)

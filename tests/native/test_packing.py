@@ -10,8 +10,9 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
-from loadstone.load import load, open_source
+from loadstone.load import load, open_source, parameters
 from loadstone.native import available, levels, open_native
+from loadstone.native.packing import has_own_mapping
 from loadstone.save import save_model
 from native_models import GPT2, MODELS, engine_of, ids_of, model_of
 from small_gpt import LLAMA
@@ -67,6 +68,36 @@ def test_levels_pack_alike_and_sources_may_be_turned_or_narrow(tmp_path: Path) -
     np.testing.assert_array_equal(
         engine_of(half, "auto").scores(ids_of(9)), engine_of(half.float(), "float16").scores(ids_of(9))
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_that_are_mapped_and_given_back_while_they_are_read(dtype: str, tmp_path: Path) -> None:
+    """Large enough to be mapped, views of one another (fused q, k and v), and read by several threads."""
+    model = model_of(GPT2 | {"d_model": 160, "n_heads": 5, "vocab_size": 1100}).to(getattr(torch, dtype))
+    save_model(model, tmp_path / "hf")
+    identity, ids = open_source(tmp_path / "hf"), ids_of(20)
+    arrays = dict(parameters(identity))
+    mapped = ("tok_emb.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.up.weight")
+    assert all(has_own_mapping(arrays[name]) for name in mapped)
+    assert not has_own_mapping(model.tok_emb.weight.detach().float().numpy())
+    for width in ("auto", "q8"):
+        want = engine_of(model, width).scores(ids)
+        for threads in (1, 3):
+            np.testing.assert_array_equal(open_native(identity, width=width, threads=threads).scores(ids), want)
+    np.testing.assert_array_equal(arrays["tok_emb.weight"], dict(parameters(identity))["tok_emb.weight"])
+
+
+def test_what_others_may_have_written_to_keeps_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many mappings, tensors share one of the whole file, and pages of it may have been written to."""
+    save_model(model_of(GPT2 | {"d_model": 160, "n_heads": 5}), tmp_path / "hf")
+    monkeypatch.setattr("loadstone.checkpoint.datafile.MAX_MAPPINGS", 0)
+    identity = open_source(tmp_path / "hf")
+    arrays = dict(parameters(identity))
+    assert not any(has_own_mapping(array) for array in arrays.values())
+    arrays["blocks.0.mlp.up.weight"][:] = 7
+    engine = open_native(identity, threads=1)
+    assert (arrays["blocks.0.mlp.up.weight"] == 7).all()
+    assert (engine.weight_row("blocks.0.mlp.up.weight", 3)[:160] == 7).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)

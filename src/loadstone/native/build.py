@@ -1,26 +1,23 @@
 """Builds the native engine: `python -m loadstone.native.build`, and the package's own build through `hatch_build.py`.
 
-Nothing but the standard library, as it runs before the package is installed. The arithmetic is compiled once per
-instruction set, whatever this machine has; which one runs is found out when the library is opened.
+Nothing but the standard library, as it runs before the package is installed. What builds alone need is imported there,
+as the package asks here for the sources' hash. The arithmetic is compiled once per instruction set, whatever this
+machine has; which one runs is found out when the library is opened.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_engine.so"
-SOURCES = tuple(HERE / name for name in ("engine.h", "engine.cpp", "model.cpp"))
+ONCE, PER_LEVEL = ("engine.cpp", "team.cpp"), "level.cpp"
+HEADERS = "engine.h vectors.h products.h attention.h forward.h packing.h".split()
+SOURCES = tuple(HERE / name for name in (*HEADERS, *ONCE, PER_LEVEL))
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
 LEVELS: dict[str, Sequence[str]] = {
     "portable": (),
@@ -44,11 +41,15 @@ def source_hash() -> str:
 
 def platform_tag() -> str:
     """A wheel's. Linux only: elsewhere nothing is built."""
+    import platform
+
     return f"linux_{platform.machine()}"
 
 
 def find_compiler() -> str | None:
     """$CXX, g++ or c++."""
+    import shutil
+
     wanted = os.environ.get("CXX", "")
     return next((found for name in (wanted, "g++", "c++") if name and (found := shutil.which(name))), None)
 
@@ -60,6 +61,11 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
         target: the library to write.
         sanitizers: for tests, as `-fsanitize=` takes them: `address,undefined` or `thread`.
     """
+    import platform
+    import shutil
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
     compiler = find_compiler()
     if sys.platform != "linux":
         return f"it is built on Linux only, and this is {sys.platform}"
@@ -69,9 +75,9 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
     flags = [*_FLAGS, f'-DSOURCE_HASH="{source_hash()}"']
     checks = ["-g", "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [[*flags, *checks, str(SOURCES[1])]]
+        jobs = [[*flags, *checks, str(HERE / name)] for name in ONCE]
         jobs += [
-            [*flags, *checks, *extra, f"-DLEVEL={level}", str(SOURCES[2])]
+            [*flags, *checks, *extra, f"-DLEVEL={level}", str(HERE / PER_LEVEL)]
             for level, extra in LEVELS.items()
             if x86 or not extra
         ]
@@ -91,6 +97,8 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
 
 
 def _run(command: Sequence[str]) -> str:
+    import subprocess
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -100,6 +108,8 @@ def _run(command: Sequence[str]) -> str:
 
 
 def main() -> None:
+    import argparse
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--to", type=Path, default=LIBRARY)
     parser.add_argument("--sanitize", default="", help="address,undefined or thread")

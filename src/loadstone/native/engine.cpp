@@ -1,22 +1,17 @@
-// Memory, threads and the C interface of the engine. Whatever arrives from outside is checked here; the arithmetic
-// (model.cpp) trusts it. No exceptions and no allocation but mmap and calloc, so nothing but libc is needed.
-#include "engine.h"
-
+// Memory and the C interface of the engine. Whatever arrives from outside is checked here; the arithmetic (level.cpp)
+// trusts it. No exceptions and no allocation but mmap, so nothing but libc is needed.
 #include <errno.h>
-#include <new>
-#include <sched.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
+
+#include <new>
+
+#include "engine.h"
 
 namespace loadstone {
 
-extern const Level portable_level;
-#if defined(__x86_64__)
-extern const Level avx2_level, avx512_level, avx512vnni_level, avx512bf16_level;
-#endif
+extern const Level portable_level, avx2_level, avx512_level, avx512vnni_level, avx512bf16_level;
 
 // From the plainest to the best.
 static const Level* const LEVELS[] = {
@@ -41,29 +36,36 @@ static bool runs(int level) {
 #endif
 }
 
-// ---- memory ----
-
 constexpr size_t HUGE_PAGE = size_t(1) << 21;
-
-// Zeroed and untouched; weights are asked for in pages of 2 MB, which spares the translation of addresses.
-static uint8_t* reserve(size_t bytes, bool huge) {
-    const size_t extra = huge ? HUGE_PAGE : 0;
-    void* at = mmap(nullptr, bytes + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) return nullptr;
-    uint8_t* begin = static_cast<uint8_t*>(at);
-    if (!huge) return begin;
-    uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(begin) + extra - 1) / extra * extra);
-    const size_t page = size_t(sysconf(_SC_PAGESIZE)), end = (bytes + page - 1) / page * page;
-    if (aligned > begin) munmap(begin, size_t(aligned - begin));
-    if (begin + end + extra > aligned + end) munmap(aligned + end, size_t(begin + extra - aligned));
-#if defined(MADV_HUGEPAGE)
-    madvise(aligned, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // not the last part: it would be rounded up
+static const size_t PAGE = size_t(sysconf(_SC_PAGESIZE));
+#if !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; before it, pages come when they are written
 #endif
+
+// Zeroed and untouched, and null if there is none. Large pages spare the translation of addresses.
+static uint8_t* reserve(size_t bytes, bool huge) {
+    const size_t size = (bytes + PAGE - 1) / PAGE * PAGE, align = huge ? HUGE_PAGE : PAGE;
+    void* at = mmap(nullptr, size + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) return nullptr;
+    const size_t before = -reinterpret_cast<uintptr_t>(at) % align;
+    uint8_t* aligned = static_cast<uint8_t*>(at) + before;
+    if (before) munmap(at, before);
+    munmap(aligned + size, align - before);
+    if (huge) madvise(aligned, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // the last part would be rounded up
     return aligned;
 }
 
-static void release(uint8_t* at, size_t bytes) {
-    if (at) munmap(at, bytes);
+void give_back(const uint8_t* from, const uint8_t* to) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(from) / PAGE, end = reinterpret_cast<uintptr_t>(to) / PAGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin * PAGE), (end - begin) * PAGE, MADV_DONTNEED);
+}
+
+// Has all threads clear the pages of the weights before one is written: two that met in a page would both clear it.
+static void populate(Engine& e, void*, int) {
+    for (size_t at; (at = size_t(e.team.take(1)) * HUGE_PAGE) < e.packed_bytes;) {
+        const size_t left = e.packed_bytes - at;
+        madvise(e.memory + at, left < HUGE_PAGE ? left : HUGE_PAGE, MADV_POPULATE_WRITE);
+    }
 }
 
 // Hands out pieces of one block of memory; the first walk, without a block, only counts.
@@ -78,149 +80,6 @@ struct Pieces {
     }
 };
 
-static void lay_out(Engine& e, uint8_t* base) {
-    const Config& c = e.config;
-    const size_t q = size_t(padded(c.heads * c.head_dim)), kv = size_t(padded(c.kv_heads * c.head_dim));
-    const size_t model = size_t(padded(c.d_model)), inner = size_t(padded(c.d_ff));
-    size_t longest = model > inner ? model : inner;
-    longest = ((longest > q ? longest : q) + GROUP - 1) / GROUP * GROUP;
-    Pieces pieces{base};
-    const auto acts = [&](Acts& a, size_t tokens) {
-        a.f32 = pieces.take<float>(tokens * longest);
-        a.bf16 = pieces.take<uint32_t>(tokens * longest / 2);
-        a.i8 = pieces.take<int32_t>(tokens * longest / 4);
-        a.scale = pieces.take<float>(tokens * longest / GROUP);
-        a.sum = pieces.take<int32_t>(tokens * longest / GROUP);
-    };
-    e.x = pieces.take<float>(CHUNK * model);
-    e.q = pieces.take<float>(CHUNK * q);
-    e.k = pieces.take<float>(CHUNK * kv);
-    e.v = pieces.take<float>(CHUNK * kv);
-    e.attended = pieces.take<float>(CHUNK * q);
-    e.hidden = pieces.take<float>(CHUNK * inner);
-    e.angles = pieces.take<float>(CHUNK * size_t(c.rope_dims));
-    acts(e.acts, CHUNK);
-    for (int i = 0; i < e.team.size; i++) {
-        Own& own = e.own[i];
-        acts(own.acts, 1);
-        own.row = pieces.take<float>(longest);
-        own.queries = pieces.take<float>(size_t(WIDEST) * c.head_dim);
-        own.scores = pieces.take<float>(size_t(WIDEST) * SLOTS);
-        own.out = pieces.take<float>(size_t(WIDEST) * padded(c.head_dim));
-        own.panel = pieces.take<float>(longest * LANES);
-    }
-    e.workspace_bytes = pieces.used;
-}
-
-// ---- threads ----
-
-static int usable_cores() {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
-}
-
-static inline void rest() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-void Team::barrier() {
-    const uint32_t before = generation.load(std::memory_order_acquire);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-        arrived.store(0, std::memory_order_relaxed);
-        next.store(0, std::memory_order_relaxed);
-        generation.store(before + 1, std::memory_order_release);
-        return;
-    }
-    for (int spins = 0; generation.load(std::memory_order_acquire) == before; spins++)
-        if (spins < patience) rest();
-        else sched_yield();  // somebody else needs the core, perhaps the thread that is waited for
-}
-
-static double seconds() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
-}
-
-constexpr double LINGER = 3e-4;  // seconds that a thread spins for the next job before it sleeps
-
-static uint32_t next_ticket(Team& team, uint32_t seen) {
-    const double end = seconds() + (team.patience ? LINGER : 0);
-    do {
-        for (int i = 0; i < 64; i++) {
-            if (const uint32_t ticket = team.ticket.load(std::memory_order_acquire); ticket != seen) return ticket;
-            rest();
-        }
-    } while (seconds() < end);
-    pthread_mutex_lock(&team.mutex);
-    team.sleepers.fetch_add(1);
-    uint32_t ticket;
-    while ((ticket = team.ticket.load()) == seen) pthread_cond_wait(&team.wake, &team.mutex);
-    team.sleepers.fetch_sub(1);
-    pthread_mutex_unlock(&team.mutex);
-    return ticket;
-}
-
-struct Start {
-    Engine* engine;
-    int thread;
-    uint32_t ticket;
-};
-
-static void* work(void* argument) {
-    const Start start = *static_cast<Start*>(argument);
-    free(argument);
-    Team& team = start.engine->team;
-    for (uint32_t seen = start.ticket;;) {
-        seen = next_ticket(team, seen);
-        if (team.stop) return nullptr;
-        team.job(*start.engine, team.argument, start.thread);
-        team.barrier();
-    }
-}
-
-static void announce(Team& team) {
-    team.ticket.fetch_add(1);
-    if (team.sleepers.load()) {
-        pthread_mutex_lock(&team.mutex);
-        pthread_cond_broadcast(&team.wake);
-        pthread_mutex_unlock(&team.mutex);
-    }
-}
-
-static void start_threads(Engine& e) {
-    Team& team = e.team;
-    team.patience = team.size <= usable_cores() ? 4000 : 0;
-    for (team.started = 1; team.started < team.size; team.started++) {
-        Start* start = static_cast<Start*>(malloc(sizeof(Start)));
-        if (!start) break;
-        *start = {&e, team.started, team.ticket.load()};
-        if (pthread_create(&team.threads[team.started], nullptr, work, start)) {
-            free(start);
-            break;
-        }
-    }
-    team.size = team.started;  // fewer, where the system allows no more
-    e.process = int(getpid());
-}
-
-static void run(Engine& e, Job job, void* argument) {
-    Team& team = e.team;
-    if (e.process != int(getpid())) {  // after a fork, only the calling thread is there
-        pthread_mutex_init(&team.mutex, nullptr);
-        pthread_cond_init(&team.wake, nullptr);
-        team.arrived.store(0), team.sleepers.store(0);
-        start_threads(e);
-    }
-    team.job = job, team.argument = argument;
-    team.next.store(0, std::memory_order_relaxed);
-    if (team.size > 1) announce(team);
-    job(e, argument, 0);
-    team.barrier();
-}
-
 static bool sound(const Config& c) {
     const int32_t sizes[] = {c.vocab, c.context, c.d_model, c.layers, c.heads, c.kv_heads, c.head_dim, c.d_ff};
     for (const int32_t size : sizes)
@@ -229,43 +88,76 @@ static bool sound(const Config& c) {
            int64_t(c.heads) * c.head_dim < 1 << 28 && c.layers < 1 << 16;
 }
 
-static void shape(Engine& e, int slot, Matrix& m) {
-    const Config& c = e.config;
+static int count_matrices(const Config& c) { return c.layers * MATRICES + 2; }
+static int count_vectors(const Config& c) { return c.layers * VECTORS + OTHERS; }
+
+static Matrix matrix_of(const Config& c, int slot, int32_t type) {
     const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim, model = c.d_model, inner = c.d_ff;
     const int32_t shapes[MATRICES][2] = {
         {q, model}, {kv, model}, {kv, model}, {model, q}, {c.gated ? inner : 0, model}, {inner, model}, {model, inner}};
-    const bool inside = slot < c.layers * MATRICES, last = slot > c.layers * MATRICES;
-    m.rows = inside ? shapes[slot % MATRICES][0] : last && c.tied ? 0 : c.vocab;
-    m.cols = inside ? shapes[slot % MATRICES][1] : model;
+    if (slot < c.layers * MATRICES) return {type, shapes[slot % MATRICES][0], shapes[slot % MATRICES][1], nullptr};
+    return {type, slot > c.layers * MATRICES && c.tied ? 0 : c.vocab, model, nullptr};
 }
 
-static size_t vector_length(const Engine& e, int slot) {
-    const Config& c = e.config;
+static size_t vector_length(const Config& c, int slot) {
     const int q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim, model = c.d_model, inner = c.d_ff;
     const int lengths[VECTORS] = {model, model, q, kv, kv, model, model, model, inner, inner, model};
-    if (slot < c.layers * VECTORS) return size_t(lengths[slot % VECTORS]);
-    switch (slot - c.layers * VECTORS) {
-        case POSITIONS: return c.learned ? size_t(c.context) * size_t(model) : 0;
-        case FREQUENCIES: return size_t(c.rope_dims / 2);
-        default: return size_t(model);
+    const size_t others[OTHERS] = {size_t(model), size_t(model), c.learned ? size_t(c.context) * size_t(model) : 0,
+                                   size_t(c.rope_dims / 2)};
+    return slot < c.layers * VECTORS ? size_t(lengths[slot % VECTORS]) : others[slot - c.layers * VECTORS];
+}
+
+// Finds the place of everything in the engine's memory; without memory it only counts.
+static void lay_out(Engine& e, const int32_t* types) {
+    const Config& c = e.config;
+    Pieces pieces{e.memory};
+    e.matrices = pieces.take<Matrix>(size_t(count_matrices(c)));
+    e.vectors = pieces.take<float*>(size_t(count_vectors(c)));
+    for (int i = 0; i < count_matrices(c); i++) {
+        Matrix m = matrix_of(c, i, types[i]);
+        m.data = pieces.take<uint8_t>(size_t(m.panels()) * m.stride());
+        if (e.memory) e.matrices[i] = m;
     }
+    e.packed_bytes = pieces.used;
+    for (int i = 0; i < count_vectors(c); i++) {
+        float* vector = pieces.take<float>((vector_length(c, i) + LANES - 1) / LANES * LANES);
+        if (e.memory) e.vectors[i] = vector;
+    }
+    const size_t q = size_t(padded(c.heads * c.head_dim)), kv = size_t(padded(c.kv_heads * c.head_dim));
+    const size_t model = size_t(padded(c.d_model)), inner = size_t(padded(c.d_ff)), head = size_t(padded(c.head_dim));
+    size_t longest = model > inner ? model : inner;
+    longest = ((longest > q ? longest : q) + GROUP - 1) / GROUP * GROUP;
+    const auto acts = [&](size_t tokens, size_t length) {
+        const size_t n = tokens * length;
+        return Acts{pieces.take<float>(n), pieces.take<int32_t>(n / 2), pieces.take<int32_t>(n / 4),
+                    pieces.take<float>(n / GROUP), pieces.take<int32_t>(n / GROUP)};
+    };
+    e.x = pieces.take<float>(CHUNK * model), e.hidden = pieces.take<float>(CHUNK * inner);
+    e.q = pieces.take<float>(CHUNK * q), e.attended = pieces.take<float>(CHUNK * q);
+    e.k = pieces.take<float>(CHUNK * kv), e.v = pieces.take<float>(CHUNK * kv);
+    e.angles = pieces.take<float>(CHUNK * size_t(c.rope_dims));
+    e.acts = acts(CHUNK, longest);
+    for (int i = 0; i < e.team.size; i++)
+        e.own[i] = {acts(1, longest), acts(WIDEST, head), pieces.take<float>(longest),
+                    pieces.take<float>(size_t(WIDEST) * SLOTS), pieces.take<float>(WIDEST * head)};
+    e.bytes = pieces.used;
 }
 
 static void destroy(Engine* e) {
-    Team& team = e->team;
-    if (e->process == int(getpid()) && team.started > 1) {
-        team.stop = true;
-        announce(team);
-        for (int i = 1; i < team.started; i++) pthread_join(team.threads[i], nullptr);
-    }
-    release(e->arena, e->arena_bytes);
-    release(e->workspace, e->workspace_bytes);
-    if (e->vectors)
-        for (int i = 0; i < e->config.layers * VECTORS + OTHERS; i++) free(e->vectors[i]);
-    free(e->vectors);
-    free(e->matrices);
+    stop_threads(e->team);
+    if (e->memory) munmap(e->memory, e->bytes);
     e->~Engine();
-    free(e);
+    munmap(e, sizeof(Engine));
+}
+
+static bool is_matrix(const Engine& e, int slot) { return slot >= 0 && slot < count_matrices(e.config); }
+
+static bool sound(const Engine& e, const Packing& p) {
+    if (!is_matrix(e, p.slot) || p.kind < FROM_F32 || p.kind > FROM_Q4_1) return false;
+    const Matrix& m = e.matrices[p.slot];
+    const int32_t blocks_of[] = {m.type, m.type, m.type, Q8, Q4, Q4M};
+    if (blocks_of[p.kind] != m.type || (p.kind >= FROM_Q8_0 && m.cols % GROUP)) return false;
+    return p.first >= 0 && p.first % LANES == 0 && p.rows > 0 && p.rows <= m.rows - p.first;
 }
 
 }  // namespace loadstone
@@ -282,90 +174,60 @@ API int ls_cores() { return usable_cores(); }
 // An engine without weights. `types`: of each matrix, in slots. Null if there is no memory, or an argument is unsound.
 API Engine* ls_open(const Config* config, const int32_t* types, int threads, int level) {
     if (!sound(*config) || !runs(level) || threads < 1) return nullptr;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, sizeof(Engine))) return nullptr;
-    memset(memory, 0, sizeof(Engine));
-    Engine* e = new (memory) Engine;
+    for (int i = 0; i < count_matrices(*config); i++)
+        if (types[i] < 0 || types[i] >= TYPES) return nullptr;
+    uint8_t* place = reserve(sizeof(Engine), false);
+    if (!place) return nullptr;
+    Engine* e = new (place) Engine{};
     e->config = *config, e->level = LEVELS[level];
-    e->arena = e->workspace = nullptr, e->process = 0;
-    e->team.size = threads < 64 ? threads : 64, e->team.started = 1;
-    const int slots = config->layers * MATRICES + 2;
-    e->matrices = static_cast<Matrix*>(calloc(size_t(slots), sizeof(Matrix)));
-    e->vectors = static_cast<float**>(calloc(size_t(config->layers * VECTORS + OTHERS), sizeof(float*)));
-    if (!e->matrices || !e->vectors) return destroy(e), nullptr;
-    for (int pass = 0; pass < 2; pass++) {
-        Pieces pieces{e->arena};
-        for (int i = 0; i < slots; i++) {
-            Matrix& m = e->matrices[i];
-            shape(*e, i, m), m.type = types[i];
-            if (m.type < 0 || m.type >= TYPES) return destroy(e), nullptr;
-            m.data = pieces.take<uint8_t>(size_t(m.panels()) * m.stride());
-        }
-        e->arena_bytes = pieces.used;
-        if (!pass && !(e->arena = reserve(pieces.used, true))) return destroy(e), nullptr;
-    }
-    lay_out(*e, nullptr);
-    if (!(e->workspace = reserve(e->workspace_bytes, true))) return destroy(e), nullptr;
-    lay_out(*e, e->workspace);
+    e->team.size = threads < THREADS ? threads : THREADS;
+    lay_out(*e, types);
+    if (!(e->memory = reserve(e->bytes, true))) return destroy(e), nullptr;
+    lay_out(*e, types);
     start_threads(*e);
+    run(*e, populate, nullptr);
     return e;
 }
 
 API void ls_close(Engine* e) { destroy(e); }
-API int64_t ls_bytes(const Engine* e) { return int64_t(e->arena_bytes); }
+API int64_t ls_bytes(const Engine* e) { return int64_t(e->packed_bytes); }
 API int ls_threads(const Engine* e) { return e->team.size; }
 
-// Rows of a matrix, from `first` (a multiple of 16) on, out of an array or ggml's blocks. Strides in bytes.
-API int ls_pack(Engine* e, int slot, const void* source, int kind, int64_t row_stride, int64_t col_stride, int first,
-                int rows) {
-    if (slot < 0 || slot >= e->config.layers * MATRICES + 2) return EINVAL;
-    Matrix& m = e->matrices[slot];
-    const int32_t wanted[] = {-1, -1, -1, Q8, Q4, Q4M};
-    if (kind < FROM_F32 || kind > FROM_Q4_1 || (kind >= FROM_Q8_0 && (wanted[kind] != m.type || m.cols % GROUP)))
-        return EINVAL;
-    if (first < 0 || first % LANES || rows < 1 || rows > m.rows - first) return EINVAL;
-    Packing packing{&m, static_cast<const uint8_t*>(source), row_stride, col_stride, kind, first / LANES, rows};
-    run(*e, e->level->pack, &packing);
+// All in one call, so that no thread waits for another matrix. Returns EINVAL, and does nothing, if one is unsound.
+API int ls_pack(Engine* e, const Packing* works, int count) {
+    for (int i = 0; i < count; i++)
+        if (!sound(*e, works[i])) return EINVAL;
+    Packings list{works, count};
+    run(*e, e->level->pack, &list);
     return 0;
 }
 
 API int ls_vector(Engine* e, int slot, const float* source, int64_t n) {
-    if (slot < 0 || slot >= e->config.layers * VECTORS + OTHERS || size_t(n) != vector_length(*e, slot)) return EINVAL;
-    const size_t whole = (size_t(n) + LANES - 1) / LANES * LANES;
-    free(e->vectors[slot]);
-    e->vectors[slot] = static_cast<float*>(calloc(whole ? whole : 1, sizeof(float)));
-    if (!e->vectors[slot]) return ENOMEM;
+    const Config& c = e->config;
+    if (slot < 0 || slot >= count_vectors(c) || size_t(n) != vector_length(c, slot)) return EINVAL;
     memcpy(e->vectors[slot], source, size_t(n) * sizeof(float));
     return 0;
 }
 
 // One row of a matrix, as the products see it.
 API int ls_row(const Engine* e, int slot, int row, float* out) {
-    if (slot < 0 || slot >= e->config.layers * MATRICES + 2) return EINVAL;
-    const Matrix& m = e->matrices[slot];
-    if (row < 0 || row >= m.rows) return EINVAL;
-    e->level->unpack(m, row, out);
+    if (!is_matrix(*e, slot) || row < 0 || row >= e->matrices[slot].rows) return EINVAL;
+    e->level->unpack(e->matrices[slot], row, out);
     return 0;
 }
 
 API Cache* ls_cache_open(const Engine* e, int rows, int slots) {
     const Config& c = e->config;
     if (rows < 1 || slots < 1 || slots > c.context) return nullptr;
-    Cache* cache = static_cast<Cache*>(calloc(1, sizeof(Cache)));
-    if (!cache) return nullptr;
-    cache->rows = rows, cache->slots = padded(slots), cache->narrow = c.narrow_cache;
-    cache->head_bytes = size_t(cache->slots) * size_t(padded(c.head_dim)) * (c.narrow_cache ? 2 : 4);
-    cache->bytes = size_t(rows) * size_t(c.layers) * size_t(c.kv_heads) * 2 * cache->head_bytes;
-    cache->data = reserve(cache->bytes, false);
-    if (cache->data) return cache;
-    free(cache);
-    return nullptr;
+    Cache cache{rows, padded(slots), c.narrow_cache ? BF16 : F32, 0, 0, nullptr};
+    cache.head_bytes = size_t(cache.slots) * size_t(padded(c.head_dim)) * (c.narrow_cache ? 2 : 4);
+    cache.bytes = PAGE + size_t(rows) * size_t(c.layers) * size_t(c.kv_heads) * 2 * cache.head_bytes;
+    uint8_t* place = reserve(cache.bytes, false);
+    cache.data = place + PAGE;
+    return place ? new (place) Cache(cache) : nullptr;
 }
 
-API void ls_cache_close(Cache* cache) {
-    release(cache->data, cache->bytes);
-    free(cache);
-}
+API void ls_cache_close(Cache* cache) { munmap(cache, cache->bytes); }
 
 // Reads tokens into rows of the cache: `counts[i]` of them into row `rows[i]`, from position `starts[i]` on. Logits of
 // each row's last token, or of every token, go to `logits`. Returns EINVAL, and does nothing, for an unsound argument.

@@ -25,6 +25,16 @@ class Config(ctypes.Structure):
     ]
 
 
+class Packing(ctypes.Structure):
+    """engine.h's."""
+
+    _fields_ = [
+        ("source", c_void_p),
+        *((name, c_int64) for name in ("row_stride", "col_stride")),
+        *((name, c_int32) for name in "slot kind first rows mapped".split()),
+    ]
+
+
 # Addresses are passed as whole numbers: `array.ctypes.data`.
 _FUNCTIONS = {
     "ls_hash": (c_char_p, ()),
@@ -35,7 +45,7 @@ _FUNCTIONS = {
     "ls_close": (None, (c_void_p,)),
     "ls_bytes": (c_int64, (c_void_p,)),
     "ls_threads": (c_int, (c_void_p,)),
-    "ls_pack": (c_int, (c_void_p, c_int, c_void_p, c_int, c_int64, c_int64, c_int, c_int)),
+    "ls_pack": (c_int, (c_void_p, c_void_p, c_int)),
     "ls_vector": (c_int, (c_void_p, c_int, c_void_p, c_int64)),
     "ls_row": (c_int, (c_void_p, c_int, c_int, c_void_p)),
     "ls_cache_open": (c_void_p, (c_void_p, c_int, c_int)),

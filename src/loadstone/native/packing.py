@@ -1,9 +1,8 @@
-"""From the tensors of a checkpoint to the engine's packed matrices, one tensor at a time and without torch."""
+"""From the tensors of a checkpoint to the engine's packed matrices, with little memory beside these and no torch."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..load import parameters
 from ..weightmap import Identity
 from ..weightmap.ops import Transpose
 from ..weightmap.plan import Step
-from .library import library
+from .library import Packing, library
 
 Array = NDArray[Any]
 
@@ -32,7 +31,11 @@ VECTORS = (
 OTHERS = ("norm.weight", "norm.bias", "pos_emb.weight", "frequencies")
 # Types of (layers, head and embedding) for a width. The head's errors reach the scores directly.
 WIDTHS = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "float16": (F16, F16), "q8": (Q8, Q8), "q4": (Q4, Q8)}
-PIECE = 4 << 20  # bytes of a mapped tensor that are read before their pages are given back
+# One native call packs many tensors, so that it seldom waits for Python's lock, which a tokenizer's reader may hold.
+# Views of mapped files cost nothing to keep until then but address space and a descriptor each.
+TOGETHER = 128  # tensors
+HELD = 16 << 20  # bytes of those that are no views of files
+PIECE = 4 << 20  # bytes of a tensor that numpy converts at once
 
 
 class Slots:
@@ -97,11 +100,13 @@ def fill(handle: int, identity: Identity, slots: Slots, types: NDArray[np.int32]
         return checkpoint.read(step.source)
 
     stored = {target: step.dtype for step in identity.plan.steps for target in step.targets}
+    batch = _Batch(handle)
     for target, array in parameters(identity, read=read):
         if target in slots.matrices:
-            _pack(handle, slots.matrices[target], array, stored[target])
+            batch.add(slots.matrices[target], array, stored[target])
         else:
             _vector(handle, slots.vectors[target], array)
+    batch.pack()
     if config.rope:
         frequencies, _ = frequencies_of(config.rope, config.rope.dims or config.head_dim)
         _vector(handle, slots.vectors["frequencies"], frequencies)
@@ -112,40 +117,48 @@ def _vector(handle: int, slot: int, array: Array) -> None:
     _must(library().ls_vector(handle, slot, values.ctypes.data, values.size))
 
 
-def _pack(handle: int, slot: int, array: Array, dtype: str) -> None:
-    kind = KINDS.get(dtype if array.dtype == np.uint8 else array.dtype.name)
-    for first, rows in _pieces(array):
-        source = rows if kind is not None else np.ascontiguousarray(rows, np.float32)
-        _must(
-            library().ls_pack(
-                handle, slot, source.ctypes.data, kind or 0, source.strides[0], source.strides[1], first, len(source)
-            )
-        )
+class _Batch:
+    """Tensors that one native call will pack."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._works: list[Packing] = []
+        self._kept: list[Array] = []
+        self._held = 0
+
+    def add(self, slot: int, array: Array, dtype: str) -> None:
+        kind = KINDS.get(dtype if array.dtype == np.uint8 else array.dtype.name)
+        if kind is not None:
+            self._add(slot, array, kind, 0)
+            return
+        rows = max(PIECE // array.strides[0] // 16 * 16, 16)
+        for first in range(0, len(array), rows):
+            self._add(slot, np.ascontiguousarray(array[first : first + rows], np.float32), KINDS["float32"], first)
+
+    def _add(self, slot: int, array: Array, kind: int, first: int) -> None:
+        mapped = has_own_mapping(array)
+        self._works.append(Packing(array.ctypes.data, *array.strides, slot, kind, first, len(array), mapped))
+        self._kept.append(array)
+        self._held += 0 if mapped else array.nbytes
+        if self._held > HELD or len(self._works) == TOGETHER:
+            self.pack()
+
+    def pack(self) -> None:
+        works = (Packing * len(self._works))(*self._works)
+        _must(library().ls_pack(self._handle, works, len(works)))
+        self._works, self._kept, self._held = [], [], 0
 
 
-def _pieces(array: Array) -> Iterator[tuple[int, Array]]:
-    """(first row, rows): as much at once as may lie in memory twice; the pages of a mapped file are then given back."""
-    mapped = _own_mapping(array)
-    if not array.flags.c_contiguous or array.nbytes <= PIECE:
-        yield 0, array
-        return
-    step = max(PIECE // array.strides[0] // 16 * 16, 16)
-    for first in range(0, len(array), step):
-        yield first, array[first : first + step]
-        if mapped is not None:
-            done = (len(mapped) - array.nbytes) + min(first + step, len(array)) * array.strides[0]
-            mapped.madvise(mmap.MADV_DONTNEED, 0, done // mmap.PAGESIZE * mmap.PAGESIZE)
+def has_own_mapping(array: Array) -> bool:
+    """Whether this is a view of a file's mapping that holds one tensor, and but for its first page nothing else.
 
-
-def _own_mapping(array: Array) -> mmap.mmap | None:
-    """The mapping of a file that holds this array up to its end, and nothing else but the rest of its first page."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    mapped = base.obj if isinstance(base, memoryview) else None
-    if not isinstance(mapped, mmap.mmap) or not hasattr(mapped, "madvise"):
-        return None
-    return mapped if 0 <= len(mapped) - array.nbytes < mmap.ALLOCATIONGRANULARITY else None
+    No one else can have written to it, so its pages may be given back when they are read.
+    """
+    root: Any = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    mapped = root.base.obj if isinstance(root.base, memoryview) else None
+    return isinstance(mapped, mmap.mmap) and 0 <= len(mapped) - root.nbytes < mmap.ALLOCATIONGRANULARITY
 
 
 def _must(status: int) -> None:

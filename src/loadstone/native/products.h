@@ -1,0 +1,313 @@
+// Products of a matrix in panels with tokens in tiles: one function, `multiply`, in one form for each way of storing
+// numbers (and one more for whole numbers in groups), for P panels times T tokens; and how threads share them.
+#pragma once
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace loadstone::LEVEL {
+
+enum Form { AS_F32 = 1, AS_BF16 = 2, AS_I8 = 4 };  // of tokens
+
+// ---- the forms of weights ----
+
+// Floats: how a step (or a pair of steps) of a panel and a token's number become vectors, and what a product adds.
+struct Floats {
+    static constexpr Form FORM = AS_F32;
+    typedef float Number;
+    static ALWAYS int steps(int cols) { return cols; }
+    static ALWAYS v16 add(v16 sum, v16 w, v16 x) { return sum + w * x; }
+};
+struct InF32 : Floats {
+    static ALWAYS v16 step(const uint8_t* w, size_t k) { return load(w + k * 64); }
+};
+struct InF16 : Floats {
+    static ALWAYS v16 step(const uint8_t* w, size_t k) { return load_half(w + k * 32); }
+};
+struct InBF16 : Floats {
+    static ALWAYS v16 step(const uint8_t* w, size_t k) {
+        const i16 pair = load_int(w + k / 2 * 64);
+        return (v16)(k & 1 ? pair & int32_t(0xffff0000) : pair << 16);
+    }
+};
+struct Pairs {  // of bfloat16, both in the panel and in the token
+    static constexpr Form FORM = AS_BF16;
+    typedef pair_u Number;
+    static ALWAYS int steps(int cols) { return (cols + 1) / 2; }
+    static ALWAYS i16 step(const uint8_t* w, size_t k) { return load_int(w + k * 64); }
+    static ALWAYS v16 add(v16 sum, i16 w, i16 x) { return dot_bf16(sum, w, x); }
+};
+
+// Groups of 32 whole numbers from 0 to LEVELS, OFFSET too large; a scale, and perhaps a minimum, in the HEADER.
+template <Type TYPE, int OFFSET_, int LEVELS_, bool MINIMUM_>
+struct Groups {
+    static constexpr Form FORM = AS_I8;
+    static constexpr size_t BYTES = panel_bytes(TYPE, GROUP), HEADER = MINIMUM_ ? 64 : 32;
+    static constexpr int OFFSET = OFFSET_, LEVELS = LEVELS_, WORDS = LEVELS > 15 ? 8 : 4;
+    static constexpr bool MINIMUM = MINIMUM_;
+    static ALWAYS i16 quad(const uint8_t* group, int j) {  // 4 steps, a byte each
+        const i16 words = load_int(group + HEADER + 64 * (j % WORDS));
+        return WORDS == 8 ? words : (j < 4 ? words : words >> 4) & 0x0f0f0f0f;
+    }
+    static ALWAYS v16 scale(const uint8_t* group) { return load_half(group); }
+    static ALWAYS v16 minimum(const uint8_t* group) { return MINIMUM ? load_half(group + 32) : v16{}; }
+};
+typedef Groups<Q8, 128, 255, false> InQ8;
+typedef Groups<Q4, 8, 15, false> InQ4;
+typedef Groups<Q4M, 0, 15, true> InQ4M;
+
+template <class Work>
+static ALWAYS void by_type(int32_t type, Work work) {
+    switch (type) {
+        case F32: return work(InF32{});
+        case F16: return work(InF16{});
+        case BF16: return work(InBF16{});
+        case Q8: return work(InQ8{});
+        case Q4: return work(InQ4{});
+        default: return work(InQ4M{});
+    }
+}
+
+// One row, as products see it.
+static void unpack(const Matrix& m, int row, float* out) {
+    const uint8_t* w = m.panel(row / LANES);
+    const int lane = row % LANES;
+    by_type(m.type, [&](auto in) {
+        typedef decltype(in) In;
+        for (int k = 0; k < m.cols; k++) {
+            if constexpr (In::FORM == AS_F32) {
+                out[k] = In::step(w, size_t(k))[lane];
+            } else {
+                const uint8_t* group = w + size_t(k / GROUP) * In::BYTES;
+                const int32_t q = In::quad(group, k % GROUP / 4)[lane] >> k % 4 * 8 & 255;
+                out[k] = float(q - In::OFFSET) * In::scale(group)[lane] + In::minimum(group)[lane];
+            }
+        }
+    });
+}
+
+// ---- the forms of tokens ----
+
+// 32 numbers to whole ones of up to 127 steps; what is left of the last group is zeros.
+static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int t, int cols) {
+    const int groups = (cols + GROUP - 1) / GROUP;
+    for (int g = 0; g < groups; g++) {
+        float last[GROUP] = {};
+        const float* from = row + g * GROUP;
+        if ((g + 1) * GROUP > cols) from = static_cast<float*>(memcpy(last, from, size_t(cols - g * GROUP) * 4));
+        const v16 x[2] = {load(from), load(from + LANES)};
+        float most = largest(larger(absolute(x[0]), absolute(x[1])));
+        if (!(most <= 3.4e38f)) most = NAN;  // infinite, or no number: nor is what follows
+        const float inverse = most > 0 ? 127 / most : 0;
+        int32_t* to = a.i8 + (token * groups + size_t(g) * T) * 8 + t;
+        i16 sums = {};
+        for (int half = 0; half < 2; half++) {
+            const i16 q = rounded(x[half] * inverse);
+            sums += q;
+            const b16 bytes = __builtin_convertvector(q, b16);
+            int32_t quads[4];
+            memcpy(quads, &bytes, 16);
+            UNROLL for (int i = 0; i < 4; i++) to[size_t(half * 4 + i) * T] = quads[i];
+        }
+        a.scale[token * groups + size_t(g) * T + t] = most / 127;
+        a.sum[token * groups + size_t(g) * T + t] = sum(sums);
+    }
+}
+
+// One token into the forms that products will read: the t-th of the tile of T tokens that begins at `token`.
+static void put_token(Acts& a, const float* row, size_t token, int T, int t, int cols, int forms) {
+    if (forms & AS_F32) {
+        float* to = a.f32 + token * cols + t;
+        for (int k = 0; k < cols; k++) to[size_t(k) * T] = row[k];
+    }
+    if (forms & AS_BF16) {
+        const int pairs = Pairs::steps(cols);
+        int32_t* to = a.bf16 + token * pairs + t;
+        for (int i = 0; i < pairs; i++)
+            to[size_t(i) * T] = int32_t(to_bf16(row[2 * i]) | (2 * i + 1 < cols ? to_bf16(row[2 * i + 1]) << 16 : 0));
+    }
+    if (forms & AS_I8) quantise(a, row, token, T, t, cols);
+}
+
+// ---- products ----
+
+// c[p][t] = sum over k of panel p's step k times x[k * KS + t * TS].
+template <class In, int P, int T, int KS, int TS>
+static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::Number* x, int steps, v16 (&c)[P][T]) {
+    v16 total[P][T] = {};
+#pragma GCC unroll 2
+    for (int k = 0; k < steps; k++) {
+        decltype(In::step(w, 0)) wk[P];
+        UNROLL for (int p = 0; p < P; p++) wk[p] = In::step(w + p * stride, size_t(k));
+        UNROLL for (int t = 0; t < T; t++) {
+            const auto xk = splat(x[size_t(k) * KS + t * TS]);
+            UNROLL for (int p = 0; p < P; p++) total[p][t] = In::add(total[p][t], wk[p], xk);
+        }
+    }
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = total[p][t];
+}
+
+// The same with groups of integers: exact within a group, float32 across groups. The registers hold the integers of one
+// group; c stays in memory.
+template <class In, int P, int T>
+static ALWAYS void multiply_groups(const uint8_t* w, size_t stride, const Acts& a, size_t first, size_t groups,
+                                   v16 (&c)[P][T]) {
+    const int32_t *x = a.i8 + first * 8, *sums = a.sum + first;
+    const float* scale = a.scale + first;
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = v16{};
+    for (size_t g = 0; g < groups; g++, w += In::BYTES, x += 8 * T, scale += T, sums += T) {
+        i16 total[P][T];
+        UNROLL for (int t = 0; t < T; t++) {
+            const i16 start = In::OFFSET ? splat(-In::OFFSET * sums[t]) : i16{};
+            UNROLL for (int p = 0; p < P; p++) total[p][t] = start;
+        }
+        UNROLL for (int j = 0; j < 8; j++) {
+            i16 wj[P];
+            UNROLL for (int p = 0; p < P; p++) wj[p] = In::quad(w + p * stride, j);
+            UNROLL for (int t = 0; t < T; t++) {
+                const i16 xj = splat(x[j * T + t]);
+                UNROLL for (int p = 0; p < P; p++) total[p][t] = dot(total[p][t], wj[p], xj);
+            }
+        }
+        if (T > 1) __asm__ volatile("" ::: "memory");  // c is read from here on, and not kept in registers before
+        UNROLL for (int p = 0; p < P; p++) {
+            const v16 d = In::scale(w + p * stride), m = In::minimum(w + p * stride);
+            UNROLL for (int t = 0; t < T; t++) {
+                v16 y = c[p][t] + __builtin_convertvector(total[p][t], v16) * (d * scale[t]);
+                if (In::MINIMUM) y += m * (scale[t] * float(sums[t]));
+                c[p][t] = y;
+            }
+        }
+    }
+}
+
+// Which form of the tokens products with this matrix read.
+static ALWAYS int form(const Matrix& m, int n_tokens) {
+    if (m.type == BF16 && BF16_DOT && n_tokens > DECODE) return AS_BF16;
+    return m.type == F32 || m.type == F16 || m.type == BF16 ? AS_F32 : AS_I8;
+}
+
+template <int P, int T>
+static void multiply_tile(const Matrix& m, int panel, const Acts& a, size_t token, int n_tokens, v16 (&c)[P][T]) {
+    if constexpr (P > 1 && T == 1) {  // memory is the limit, so one stream of it
+        for (int p = 0; p < P; p++) multiply_tile<1, T>(m, panel + p, a, token, n_tokens, *(v16(*)[1][T])c[p]);
+        return;
+    }
+    const uint8_t* w = m.panel(panel);
+    const size_t stride = m.stride(), cols = size_t(m.cols), groups = (cols + GROUP - 1) / GROUP;
+    if (form(m, n_tokens) == AS_BF16) {
+        const int pairs = Pairs::steps(m.cols);
+        return multiply<Pairs, P, T, T, 1>(w, stride, a.bf16 + token * size_t(pairs), pairs, c);
+    }
+    by_type(m.type, [&](auto in) {
+        typedef decltype(in) In;
+        if constexpr (In::FORM == AS_F32)
+            multiply<In, P, T, T, 1>(w, stride, a.f32 + token * cols, m.cols, c);
+        else
+            multiply_groups<In, P, T>(w, stride, a, token * groups, groups, c);
+    });
+}
+
+// Cuts 0 ... n - 1 into runs of the given sizes, as many of the first as there is room for, then of the next. Calls
+// work(size, first); `size` is a type, whose value is the run's length.
+template <int... SIZES, class Work>
+static ALWAYS void in_runs(int n, Work work) {
+    int first = 0;
+    const auto runs = [&](auto size) {
+        for (; n - first >= size.value; first += size.value) work(size, first);
+    };
+    (runs(std::integral_constant<int, SIZES>{}), ...);
+}
+
+template <class Work>
+static ALWAYS void in_tiles(int n_tokens, Work work) {
+    in_runs<TILE, 4, 2, 1>(n_tokens, work);
+}
+
+// ---- what threads share ----
+
+static ALWAYS int least(int a, int b) { return a < b ? a : b; }
+
+// Calls work(item) for items that no other thread has, until all are taken.
+template <class Work>
+static ALWAYS void share(Team& team, int total, int grain, Work work) {
+    for (int first; (first = team.take(grain)) < total;)
+        for (int item = first; item < least(total, first + grain); item++) work(item);
+}
+
+// Which part an item lies in, of parts of count(part) items each; the item becomes its place there.
+template <class Count>
+static ALWAYS int part_of(int& item, Count count) {
+    int part = 0;
+    for (int n; item >= (n = count(part)); part++) item -= n;
+    return part;
+}
+
+struct Worker {
+    Engine& e;
+    const Config& config;
+    const Call& call;
+    Own& own;
+    const int M;
+
+    Worker(Engine& engine, const Call& of, int thread)
+        : e(engine), config(engine.config), call(of), own(engine.own[thread]), M(of.n_tokens) {}
+
+    const Matrix* matrix(int layer, int which) const { return &e.matrices[layer * MATRICES + which]; }
+    const float* vector(int layer, int which) const { return e.vectors[layer * VECTORS + which]; }
+    const float* other(int which) const { return e.vectors[config.layers * VECTORS + which]; }
+
+    // One of the call's tokens, as a span of its own.
+    Span place(int token) const {
+        int behind = token;
+        const Span& span = call.spans[part_of(behind, [&](int i) { return call.spans[i].count; })];
+        return {span.row, token, 1, span.start + behind};
+    }
+
+    // Brings `n_tokens` rows of `cols` floats into the forms that products with these matrices read; fill(token, row)
+    // gives a row, or a pointer to one. A single token is brought by every thread for itself.
+    template <class Fill>
+    const Acts& prepare(const Matrix* const* matrices, int count, int n_tokens, Fill fill) {
+        const int cols = matrices[0]->cols;
+        int forms = 0;
+        for (int i = 0; i < count; i++) forms |= form(*matrices[i], n_tokens);
+        if (n_tokens == 1) return put_token(own.acts, fill(0, own.row), 0, 1, 0, cols, forms), own.acts;
+        share(e.team, (n_tokens + TILE - 1) / TILE, 1, [&](int item) {
+            in_tiles(least(n_tokens - item * TILE, TILE), [&](auto size, int first) {
+                const int token = item * TILE + first;
+                for (int t = 0; t < size; t++)
+                    put_token(e.acts, fill(token + t, own.row), size_t(token), size, t, cols, forms);
+            });
+        });
+        e.team.barrier();
+        return e.acts;
+    }
+
+    // Calls put(which, panel, token, y) with the rows of a panel of matrix `which` times a token.
+    template <class Put>
+    void products(const Matrix* const* matrices, int count, const Acts& a, int n_tokens, Put put) {
+        const auto items = [&](int which) { return (matrices[which]->panels() + PANELS - 1) / PANELS; };
+        int total = 0;
+        for (int i = 0; i < count; i++) total += items(i);
+        share(e.team, total, grain(total, n_tokens), [&](int item) {
+            const int which = part_of(item, items), first = item * PANELS;
+            const Matrix& m = *matrices[which];
+            in_runs<PANELS, 1>(least(m.panels() - first, PANELS), [&](auto panels, int panel) {
+                in_tiles(n_tokens, [&](auto size, int token) {
+                    v16 c[decltype(panels)::value][decltype(size)::value];
+                    multiply_tile(m, first + panel, a, size_t(token), n_tokens, c);
+                    for (int t = 0; t < size; t++)
+                        for (int p = 0; p < panels; p++) put(which, first + panel + p, token + t, c[p][t]);
+                });
+            });
+        });
+    }
+
+    // How many items a thread takes at once: few tokens make small items, so more of them.
+    int grain(int total, int n_tokens) const {
+        const int share = total / (8 * e.team.size);
+        return n_tokens > DECODE || share < 1 ? 1 : share;
+    }
+};
+
+}  // namespace loadstone::LEVEL
