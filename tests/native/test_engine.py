@@ -19,7 +19,7 @@ from loadstone.errors import LoadstoneError
 from loadstone.load import open_source
 from loadstone.native import NativeEngine, open_native
 from loadstone.native.library import choose_threads, missing
-from native_models import GPT2, engine_of, ids_of, model_of
+from native_models import GPT2, MODELS, engine_of, ids_of, model_of
 from small_gpt import small_llama
 
 
@@ -128,6 +128,23 @@ def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (0, -1, 65):
         with pytest.raises(LoadstoneError, match=f"1 to 64 threads, found {wrong}"):
             choose_threads(wrong)
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama biases, odd head"])
+def test_a_row_that_was_copied_goes_on_as_the_first(name: str, width: str) -> None:
+    engine = engine_of(model_of(MODELS[name]), width)
+    for count in (1, 15, 16, 17, 23):
+        cache = engine.new_cache(3, 24)
+        engine.prefill(cache, {0: ids_of(count), 1: ids_of(24), 2: ids_of(24, seed=2)})
+        engine.copy(cache, 0, 1, count)
+        engine.reset(cache, [count, count, 23])
+        first, second, third = engine.decode(cache, [7, 7, 7])
+        assert np.array_equal(first, second)
+        assert not np.array_equal(first, third)
+    for wrong in ((0, 0, 1), (0, 3, 1), (-1, 1, 1), (0, 1, 99)):
+        with pytest.raises(IndexError, match="cannot go to row"):
+            engine.copy(cache, *wrong)
 
 
 def test_what_cannot_run_is_said() -> None:

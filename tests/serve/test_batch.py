@@ -12,7 +12,9 @@ import torch
 
 from loadstone.errors import LoadstoneError
 from loadstone.generate import generate
+from loadstone.load import open_source
 from loadstone.model import GPT
+from loadstone.native import missing, open_native
 from loadstone.sampling import Sampling
 from loadstone.serve import batch as batch_file
 from loadstone.serve.batch import Batch, End, FullError, Job, Token, Work, Worker
@@ -64,12 +66,17 @@ def alone(model: GPT, answer: Answer) -> tuple[list[int], str]:
     return found.ids, found.finish
 
 
+@pytest.mark.parametrize("engine", ["torch", "native"])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("piece", [1, 5, 256])
-def test_each_answer_is_the_one_it_would_be_alone(family: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_answer_is_the_one_it_would_be_alone(
+    family: str, piece: int, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch_file, "PIECE", piece)
     model = MODELS[family]()
-    batch = Batch(model, rows=4, waiting=99)
+    if engine == "native" and (reason := missing()):
+        pytest.skip(reason)
+    batch = Batch(model if engine == "torch" else open_native(open_source(model)), rows=4, waiting=99)
     source = random.Random(1)
     answers = []
     for number, ids in enumerate(prompts(30)):
@@ -90,7 +97,8 @@ def test_each_answer_is_the_one_it_would_be_alone(family: str, piece: int, monke
 
 def test_a_long_prompt_does_not_keep_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_file, "PIECE", 4)
-    batch = Batch(small_gpt(), rows=2)
+    model = small_gpt()
+    batch = Batch(model, rows=2)
     first, second = Answer([1, 2], 10), Answer(list(range(20)), 2)
     batch.submit(first.job)
     batch.step()
@@ -99,7 +107,7 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(monkeypatch: pytest.Monk
     batch.step()
     assert (len(first.tokens), len(second.tokens)) == (3, 0)
     run(batch)
-    assert second.tokens == alone(batch.model, second)[0]
+    assert second.tokens == alone(model, second)[0]
 
 
 def test_log_probabilities_are_the_models_own() -> None:
@@ -166,14 +174,15 @@ def test_prompts_that_cannot_be_answered_are_refused_at_once(ids: list[int], mes
 
 
 def test_a_failed_step_ends_its_requests_and_nothing_of_it_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(small_gpt(), rows=2)
+    model = small_gpt()
+    batch = Batch(model, rows=2)
     before = Answer([5] * 18, 1)
     batch.submit(before.job)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(batch.model, "hidden", fail)
+    monkeypatch.setattr(model, "hidden", fail)
     batch.step()
     assert before.end == End("error", "RuntimeError: out of memory")
     monkeypatch.undo()
@@ -181,11 +190,12 @@ def test_a_failed_step_ends_its_requests_and_nothing_of_it_is_reused(monkeypatch
     batch.submit(after.job)
     run(batch)
     assert after.job.known == 0
-    assert after.tokens == alone(batch.model, after)[0]
+    assert after.tokens == alone(model, after)[0]
 
 
 def test_one_thread_for_several_models_ends_everything_when_it_closes() -> None:
-    batches = [Batch(small_gpt(), rows=2), Batch(small_llama(), rows=2)]
+    models = [small_gpt(), small_llama()]
+    batches = [Batch(model, rows=2) for model in models]
     worker = Worker(batches)
     worker.start()
     answers = [Answer(ids, 4) for ids in prompts(8)]
@@ -195,30 +205,31 @@ def test_one_thread_for_several_models_ends_everything_when_it_closes() -> None:
     while not all(answer.end for answer in answers) and time.monotonic() < until:
         time.sleep(0.01)
     for number, answer in enumerate(answers):
-        assert answer.tokens == alone(batches[number % 2].model, answer)[0]
+        assert answer.tokens == alone(models[number % 2], answer)[0]
     worker.close(30)
     assert not worker.is_alive()
 
 
 def test_scores_that_are_not_finite_end_only_their_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(small_gpt())
+    model = small_gpt()
+    batch = Batch(model)
     answers = [Answer([number, 7, 9], 4) for number in range(3)]
     for answer in answers:
         batch.submit(answer.job)
     batch.step()
-    whole = batch.model.logits
+    whole = model.logits
 
     def damaged(x: torch.Tensor) -> torch.Tensor:
         logits_BV = whole(x)
         logits_BV[1] = float("nan")
         return logits_BV
 
-    monkeypatch.setattr(batch.model, "logits", damaged)
+    monkeypatch.setattr(model, "logits", damaged)
     batch.step()
     monkeypatch.undo()
     run(batch)
     assert [answer.end and answer.end.reason for answer in answers] == ["length", "error", "length"]
-    assert [answers[at].tokens for at in (0, 2)] == [alone(batch.model, answers[at])[0] for at in (0, 2)]
+    assert [answers[at].tokens for at in (0, 2)] == [alone(model, answers[at])[0] for at in (0, 2)]
 
 
 def test_other_work_takes_turns_and_is_told_when_it_will_not_end() -> None:

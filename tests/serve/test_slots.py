@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadstone.load import open_source
 from loadstone.model import GPT
+from loadstone.native import NativeEngine, missing, open_native
+from loadstone.sampling import Floats
+from loadstone.serve.caches import slots_of
 from loadstone.serve.slots import LEAST, Slots
 from small_gpt import small_gpt, small_llama
 
-MODELS = [small_gpt(layers=2), small_llama(layers=2)]
+GPTS = [small_gpt(layers=2), small_llama(layers=2)]
+RUNNERS: list[GPT | NativeEngine] = [*GPTS, *([] if missing() else [open_native(open_source(model)) for model in GPTS])]
 PREFIX = [n % 61 for n in range(3, 3 + LEAST)]  # the context of these models is 24
 
 
-@torch.inference_mode()
-def feed(model: GPT, slots: Slots, row: int, ids: list[int]) -> torch.Tensor:
-    cache = slots.view(row, row + 1)
-    logits = model(torch.tensor([ids]), cache)[0, -1]
-    slots.held[row] += ids
+def feed(slots: Slots, row: int, ids: list[int]) -> Floats:
+    return slots.read(row, row + 1, [ids])[0]
+
+
+def alone(number: int, ids: list[int]) -> Floats:
+    logits: Floats = GPTS[number % 2](torch.tensor([ids]))[0, -1].detach().numpy()
     return logits
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_rows_that_join_and_leave_hold_what_they_should(data: st.DataObject) -> None:
-    model = data.draw(st.sampled_from(MODELS))
-    slots = Slots(model, 3, 24)
+    number = data.draw(st.integers(0, len(RUNNERS) - 1))
+    slots = slots_of(RUNNERS[number], 3, 24)
     requests: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 12))):
         if slots.busy and (slots.busy == slots.rows or data.draw(st.booleans())):
@@ -40,18 +48,17 @@ def test_rows_that_join_and_leave_hold_what_they_should(data: st.DataObject) -> 
             row = slots.busy
             known = slots.admit(ids)
             assert known == 0 or LEAST <= known < len(ids)
-            feed(model, slots, row, ids[known:])
+            feed(slots, row, ids[known:])
             requests.append(ids)
         assert slots.held[: slots.busy] == requests
     for row, ids in enumerate(requests):
-        with torch.inference_mode():
-            alone = model(torch.tensor([[*ids, 1]]))[0, -1]
-        torch.testing.assert_close(feed(model, slots, row, [1]), alone, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(feed(slots, row, [1]), alone(number, [*ids, 1]), atol=2e-5, rtol=2e-5)
 
 
-def test_a_prefix_is_found_in_a_row_that_ended_and_in_one_that_goes_on() -> None:
-    slots = Slots(MODELS[0], 3, 24)
-    feed(MODELS[0], slots, 0, [*PREFIX, 1, 2][slots.admit([*PREFIX, 1, 2]) :])
+@pytest.mark.parametrize("number", range(len(RUNNERS)))
+def test_a_prefix_is_found_in_a_row_that_ended_and_in_one_that_goes_on(number: int) -> None:
+    slots = slots_of(RUNNERS[number], 3, 24)
+    feed(slots, 0, [*PREFIX, 1, 2][slots.admit([*PREFIX, 1, 2]) :])
     assert slots.admit([*PREFIX, 5]) == LEAST  # copied: the first one goes on
     slots.release(0)
     slots.release(0)
@@ -61,12 +68,12 @@ def test_a_prefix_is_found_in_a_row_that_ended_and_in_one_that_goes_on() -> None
 
 
 def test_room_is_made_where_nothing_was_used_for_longest() -> None:
-    slots = Slots(MODELS[0], 3, 24)
+    slots = slots_of(GPTS[0], 3, 24)
     prompts = [[n] * (LEAST + 1) for n in (1, 2, 3)]
     for prompt in prompts:
         row = slots.busy
         slots.admit(prompt)
-        feed(MODELS[0], slots, row, prompt)
+        feed(slots, row, prompt)
     for _ in prompts:
         slots.release(0)  # the first ends first, then the last, then the second
     slots.admit([9, 9])

@@ -102,12 +102,19 @@ class EngineOptions(RunOptions):
         ),
     ] = AUTO
 
-    def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
-        """The model on the engine; one that cannot run here is refused before anything is opened."""
+    def check(self) -> None:
+        """Refuse an engine that cannot run here before anything is opened."""
         if self.engine != AUTO:
             require_engine(self.engine, self.device, self.dtype)
+
+    def engine_for(self, identity: Identity) -> str:
+        return best_engine(identity.config, self.device, self.dtype) if self.engine == AUTO else self.engine
+
+    def start(self, source: str) -> tuple[Engine, Tokenizer | None]:
+        """The model on the engine."""
+        self.check()
         identity = self.open(source)
-        name = best_engine(identity.config, self.device, self.dtype) if self.engine == AUTO else self.engine
+        name = self.engine_for(identity)
         kind = require_engine(name, self.device, self.dtype)
         if kind.from_source:
             return self._open_engine(name, identity)

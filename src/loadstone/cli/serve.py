@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from ..errors import LoadstoneError
-from .options import Many, RunOptions
+from .options import EngineOptions, Many, progress_bar
+
+if TYPE_CHECKING:
+    from ..native import NativeEngine
+    from ..weightmap import Identity
 
 KEY = "LOADSTONE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -19,7 +23,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def serve(
     sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="One model or several; NAME=SRC names one.")],
-    options: RunOptions,
+    options: EngineOptions,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="Requests of a model that run at the same time.")] = 16,
@@ -48,11 +52,17 @@ def serve(
     except ImportError as error:
         raise LoadstoneError(f'serve needs the extra `serve`: pip install "loadstone[serve]" ({error}).') from None
     named = _names(sources)
+    options.check()
     with bind(host, port) as bound:  # before anything is loaded
         served = []
         for name, source in named.items():
+            identity = options.open(source)
+            engine = _engine(options, identity)
+            dtype = "float32" if options.dtype in ("q8", "q4") else options.dtype  # the model only looks inside then
+            model, tokenizer = options.load_opened(identity, dtype, options.device)
             each = open_served(
-                name, *options.load(source), rows=rows, context=context, waiting=queue, proved=not no_verify
+                name, identity, model, tokenizer, rows=rows, context=context, waiting=queue, proved=not no_verify,
+                engine=engine,
             )  # fmt: skip
             print(each.summary, file=sys.stderr)
             served.append(each)
@@ -60,6 +70,19 @@ def serve(
             print(f"note: no API key is asked for, and {host} can be reached by others: set {KEY}.", file=sys.stderr)
         settings = server.Settings(api_key=key, timeout=timeout, body_limit=body_limit, origins=origins)
         run(server.create_app(served, settings), bound, drain=drain)
+
+
+def _engine(options: EngineOptions, identity: Identity) -> NativeEngine | None:
+    """What answers, if it is not the model itself."""
+    name = options.engine_for(identity)
+    if name == "torch":
+        return None
+    if name != "native":
+        raise LoadstoneError(f"--engine {name}: serve runs on torch or native; {name} is for generate and chat.")
+    from ..native import open_native
+
+    with progress_bar("packing for native"):
+        return open_native(identity, width=options.dtype)
 
 
 def _names(sources: list[str]) -> dict[str, str]:

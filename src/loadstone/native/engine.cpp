@@ -228,6 +228,25 @@ API Cache* ls_cache_open(const Engine* e, int rows, int slots) {
 }
 
 API void ls_cache_close(Cache* cache) { munmap(cache, cache->bytes); }
+API int64_t ls_cache_bytes(const Cache* cache) { return int64_t(cache->bytes); }
+
+// The first tokens of one row over those of another: of each head, whole panels of keys and the beginnings of values'.
+API int ls_cache_copy(const Engine* e, Cache* cache, int source, int target, int tokens) {
+    const Config& c = e->config;
+    const auto is_row = [&](int row) { return row >= 0 && row < cache->rows; };
+    if (!is_row(source) || !is_row(target) || source == target || tokens < 0 || tokens > cache->slots) return EINVAL;
+    const size_t heads = size_t(c.layers) * size_t(c.kv_heads), row = heads * 2 * cache->head_bytes;
+    const size_t stride = panel_bytes(cache->type, size_t(cache->slots));
+    for (size_t i = 0; i < heads; i++) {
+        const uint8_t* from = cache->data + size_t(source) * row + i * 2 * cache->head_bytes;
+        uint8_t* to = cache->data + size_t(target) * row + i * 2 * cache->head_bytes;
+        memcpy(to, from, size_t(padded(tokens) / LANES) * panel_bytes(cache->type, size_t(c.head_dim)));
+        from += cache->head_bytes, to += cache->head_bytes;
+        for (int panel = 0; panel < padded(c.head_dim) / LANES; panel++, from += stride, to += stride)
+            memcpy(to, from, panel_bytes(cache->type, size_t(tokens)));
+    }
+    return 0;
+}
 
 // Reads tokens into rows of the cache: `counts[i]` of them into row `rows[i]`, from position `starts[i]` on. Logits of
 // each row's last token, or of every token, go to `logits`. Returns EINVAL, and does nothing, for an unsound argument.

@@ -32,6 +32,7 @@ class NativeCache:
     Attributes:
         size: most tokens of a row.
         lengths: tokens held, per row. To forget the last ones is to lower it.
+        nbytes: memory that it takes when it is full.
     """
 
     def __init__(self, engine: NativeEngine, batch: int, length: int) -> None:
@@ -39,6 +40,7 @@ class NativeCache:
         self.handle = library().ls_cache_open(engine.handle, batch, length)
         if not self.handle:
             raise MemoryError(f"no memory for a cache of {batch} rows of {length} tokens")
+        self.nbytes: int = library().ls_cache_bytes(self.handle)
         weakref.finalize(self, library().ls_cache_close, self.handle)
 
 
@@ -101,6 +103,12 @@ class NativeEngine:
         if not known or not all(0 <= new <= old for new, old in zip(lengths, cache.lengths, strict=True)):
             raise ValueError(f"rows that hold {cache.lengths} tokens cannot be set to {list(lengths)}")
         cache.lengths = list(lengths)
+
+    def copy(self, cache: NativeCache, source: int, target: int, tokens: int) -> None:
+        """The first tokens of one row, as read, over those of another. Lengths stay: they are the caller's to set."""
+        with self._lock:
+            if library().ls_cache_copy(self.handle, cache.handle, source, target, tokens):
+                raise IndexError(f"{tokens} tokens of row {source} cannot go to row {target} of this cache")
 
     def scores(self, ids: Sequence[int]) -> Floats:
         """Logits after every token of one text, [len(ids), V]."""

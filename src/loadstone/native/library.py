@@ -49,6 +49,8 @@ _FUNCTIONS = {
     "ls_vector": (c_int, (c_void_p, c_int, c_void_p, c_int64)),
     "ls_row": (c_int, (c_void_p, c_int, c_int, c_void_p)),
     "ls_cache_open": (c_void_p, (c_void_p, c_int, c_int)),
+    "ls_cache_bytes": (c_int64, (c_void_p,)),
+    "ls_cache_copy": (c_int, (c_void_p, c_void_p, c_int, c_int, c_int)),
     "ls_cache_close": (None, (c_void_p,)),
     "ls_run": (c_int, (c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
 }

@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import LoadstoneError
 from ..generate import check_prompt
 from ..model import GPT
-from ..sampling import Sampling, choose
-from .slots import Slots
+from ..native import NativeEngine
+from ..sampling import Floats, Sampling, choose
+from .caches import slots_of
 
 PIECE = 256  # tokens of prompts that are read between two steps
 
@@ -100,6 +100,7 @@ class Batch:
     """The batch of one model.
 
     Args:
+        model: what computes: a model, or the native engine.
         rows: requests at the same time.
         length: tokens that each may have, prompt and answer.
         waiting: requests that may wait for a row.
@@ -107,10 +108,11 @@ class Batch:
     """
 
     def __init__(
-        self, model: GPT, *, rows: int = 16, length: int | None = None, waiting: int = 64, n_tokens: int | None = None
-    ) -> None:
-        self.model, self.waiting, self.n_tokens = model, waiting, n_tokens
-        self.slots = Slots(model, rows, length or model.config.context_length)
+        self, model: GPT | NativeEngine, *, rows: int = 16, length: int | None = None, waiting: int = 64,
+        n_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.waiting, self.n_tokens = model.config, waiting, n_tokens
+        self.slots = slots_of(model, rows, length or model.config.context_length)
         self._queue: deque[Job] = deque()
         self._work: deque[Work] = deque()
         self._rows: list[_Row] = []
@@ -135,7 +137,7 @@ class Batch:
         """Raises LoadstoneError for token ids that the model cannot read, or not at once."""
         if len(ids) > self.slots.length:
             raise LoadstoneError(f"the text has {len(ids)} tokens, but the context is {self.slots.length}.")
-        check_prompt(ids, self.model.config)
+        check_prompt(ids, self.config)
 
     def add(self, work: Work) -> None:
         """Take steps of other work too, one between two of the batch's. Raises FullError."""
@@ -154,7 +156,7 @@ class Batch:
         """Requests that run, and that wait."""
         return len(self._rows), len(self._queue)
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # for the other work
     def step(self) -> None:
         """One token for every row. Whatever fails ends the requests that it concerns, never the thread."""
         try:
@@ -233,41 +235,30 @@ class Batch:
                 return
 
     def _write(self) -> None:
-        x_BTC = self._feed(0, len(self._rows), [row.todo[:1] for row in self._rows])
+        logits_BV = self._feed(0, len(self._rows), [row.todo[:1] for row in self._rows])
         due = [at for at, row in enumerate(self._rows) if not row.todo]
         if not due:
             return
-        logits_BV = self.model.logits(x_BTC[due, -1])
         if self.n_tokens is not None:
-            logits_BV[:, self.n_tokens :] = -torch.inf
-        chosen = self._choose([self._rows[at] for at in due], logits_BV)
+            logits_BV[:, self.n_tokens :] = -np.inf
+        chosen = [self._choose(self._rows[at], logits_BV[at]) for at in due]
         ended = [(at, end) for at, given in zip(due, chosen, strict=True) if (end := self._give(self._rows[at], given))]
         for at, end in reversed(ended):  # the last first: a row that ends is replaced by one from behind
             self._end(at, end)
 
-    def _feed(self, first: int, last: int, ids: list[list[int]]) -> Tensor:
-        """Tokens, as many for each row, into the cache; their hidden states [B, T, C]."""
-        cache = self.slots.view(first, last)
-        x_BTC = self.model.hidden(torch.tensor(ids, device=cache.kv.device), cache)
-        for row, held, tokens in zip(self._rows[first:last], self.slots.held[first:last], ids, strict=True):
-            held += tokens
+    def _feed(self, first: int, last: int, ids: list[list[int]]) -> Floats:
+        """Tokens, as many for each row, into the cache; logits after each row's last [B, V]."""
+        logits_BV = self.slots.read(first, last, ids)
+        for row, tokens in zip(self._rows[first:last], ids, strict=True):
             del row.todo[: len(tokens)]
-        return x_BTC
+        return logits_BV
 
-    def _choose(self, rows: Sequence[_Row], logits_BV: Tensor) -> list[Token | End]:
-        """A token for each row, those with the same settings at once; an end for one without finite scores."""
-        given: list[Token | End] = [End("error", "the model gives no finite scores; see `loadstone verify`.")] * len(
-            rows
-        )
-        alike: dict[Sampling, list[int]] = {}
-        for at, finite in enumerate(logits_BV.amax(dim=-1).isfinite().tolist()):
-            if finite:
-                alike.setdefault(rows[at].job.sampling, []).append(at)
-        for sampling, members in alike.items():
-            histories, generators = [rows[at].history for at in members], [rows[at].generator for at in members]
-            for at, token in zip(members, choose(logits_BV[members], histories, sampling, generators), strict=True):
-                given[at] = described(token, logits_BV[at], rows[at].job.logprobs)
-        return given
+    def _choose(self, row: _Row, logits_V: Floats) -> Token | End:
+        """A token for a row; an end if there are no finite scores."""
+        if not np.isfinite(logits_V.max()):
+            return End("error", "the model gives no finite scores; see `loadstone verify`.")
+        (token,) = choose(logits_V[None], [row.history], row.job.sampling, [row.generator])
+        return described(token, logits_V, row.job.logprobs)
 
     def _give(self, row: _Row, given: Token | End) -> End | None:
         if isinstance(given, End):
@@ -303,14 +294,16 @@ def _over(job: Job) -> End:
     return End("cancelled") if job.cancelled else End("timeout", "the time for this request is over.")
 
 
-def described(token: int, logits_V: Tensor, wanted: int | None) -> Token:
+def described(token: int, logits_V: Floats, wanted: int | None) -> Token:
     """A token with its log-probability and the `wanted` likeliest; None for neither."""
     if wanted is None:
         return Token(token)
-    logprobs_V = logits_V.float().log_softmax(dim=-1)
-    top = logprobs_V.topk(min(wanted, len(logprobs_V)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Token(token, float(logprobs_V[token]), tuple(pair for pair in pairs if pair[1] > -torch.inf))
+    above_V = logits_V - logits_V.max()
+    logprobs_V = above_V - np.log(np.exp(above_V).sum(dtype=np.float64)).astype(np.float32)
+    count = min(wanted, len(logprobs_V))
+    likeliest = np.argpartition(-logprobs_V, count - 1)[:count] if count else np.empty(0, np.int64)
+    top = sorted(((int(i), float(logprobs_V[i])) for i in likeliest), key=lambda pair: (-pair[1], pair[0]))
+    return Token(token, float(logprobs_V[token]), tuple(pair for pair in top if pair[1] > -np.inf))
 
 
 class Worker(threading.Thread):

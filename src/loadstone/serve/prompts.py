@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import LoadstoneError
 from ..model import GPT
+from ..sampling import as_floats
 from .answers import FailedError
 from .batch import PIECE, Task, Token, described
 
@@ -29,8 +30,8 @@ def prompt_logprobs(model: GPT, ids: Sequence[int], wanted: int) -> Task[list[To
         for first in range(0, len(hidden_TC), CHUNK):
             logits_TV = model.logits(hidden_TC[first : first + CHUNK])
             _check(logits_TV.amax())
-            targets = ids[start + first + 1 :]
-            found += [described(token, logits_V, wanted) for token, logits_V in zip(targets, logits_TV, strict=False)]
+            pairs = zip(ids[start + first + 1 :], as_floats(logits_TV), strict=False)
+            found += [described(token, logits_V, wanted) for token, logits_V in pairs]
         yield
     return found
 

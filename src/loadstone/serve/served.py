@@ -50,8 +50,8 @@ class Served:
         proof = self.report.get("verify")
         return (
             f"{self.name}: {config.architecture}, {self.parameters:,} parameters, "
-            f"{'verified' if proof else 'NOT verified'}; {slots.rows} rows of {slots.length:,} tokens, "
-            f"{size_text(slots.kv.nbytes)} of cache"
+            f"{'verified' if proof else 'NOT verified'}; engine {slots.engine}, {slots.rows} rows of "
+            f"{slots.length:,} tokens, {size_text(slots.nbytes)} of cache"
         )
 
     @property

@@ -1,38 +1,40 @@
 """The cache of a running batch: a fixed number of rows, the busy ones in front, the others kept for their prefixes.
 
-A step of the batch runs over rows 0 .. busy-1 of one tensor, without a gather; a row that ends changes places with the
-last busy one. What it held stays until its room is needed, so that the next request of a conversation, or one with
-the same system prompt, finds its beginning read already. *Others*: vLLM keeps pages and a kernel that follows them; on
-a CPU without such a kernel each step would copy every page.
+A step of the batch runs over rows 0 .. busy-1; a row that ends changes places with the last busy one. What it held
+stays until its room is needed, so that the next request of a conversation, or one with the same system prompt, finds
+its beginning read already. *Others*: vLLM keeps pages and a kernel that follows them; on a CPU without such a kernel
+each step would copy every page. Here is who has which row; `caches.py` has the memory, of torch or of the engine.
 
-Shapes: N rows, K key/value heads, S slots (tokens) of a row, D head_dim.
+Shapes: B rows of a call, V vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from copy import copy
 from itertools import count
 
-from torch import Tensor
-
-from ..model import GPT
-from ..positions import KVCache
+from ..sampling import Floats
 
 LEAST = 16  # tokens; a shorter common beginning is read again rather than copied
 
 
-class Slots:
+class Slots(ABC):
     """Rows of a cache, and which tokens each of them holds.
 
     Attributes:
+        length: tokens that a row has room for.
         busy: rows 0 .. busy-1 belong to requests; the others hold what was left there.
         held: the tokens of each row whose keys and values are in the cache.
+        nbytes: of the cache.
+        engine: what computes.
     """
 
-    def __init__(self, model: GPT, rows: int, length: int) -> None:
-        self._cache = model.new_cache(rows, length)
-        self.busy = 0
+    nbytes: int
+    engine = "torch"
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.length, self.busy = length, 0
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self._clock = count(1)
         self._used = [0] * rows
@@ -41,15 +43,23 @@ class Slots:
     def rows(self) -> int:
         return len(self.held)
 
-    @property
-    def length(self) -> int:
-        """Tokens that a row has room for."""
-        return self._cache.size
+    def read(self, first: int, last: int, ids: Sequence[Sequence[int]]) -> Floats:
+        """Read new tokens, as many for each, into rows first .. last-1; logits after each one's last, [B, V]."""
+        logits_BV = self._run(first, last, ids)
+        for held, tokens in zip(self.held[first:last], ids, strict=True):
+            held += tokens
+        return logits_BV
 
-    @property
-    def kv(self) -> Tensor:
-        """The memory: [layers, 2, N, K, S, D]."""
-        return self._cache.kv
+    @abstractmethod
+    def _run(self, first: int, last: int, ids: Sequence[Sequence[int]]) -> Floats: ...
+
+    @abstractmethod
+    def _copy(self, source: int, target: int, tokens: int) -> None:
+        """The first keys and values of one row over those of another."""
+
+    @abstractmethod
+    def _exchange(self, a: int, b: int, tokens: int) -> None:
+        """Two rows, which hold so many tokens at most, change places."""
 
     def admit(self, ids: Sequence[int]) -> int:
         """Take row `busy` for a prompt, with what is known of its beginning already in place; returns how many tokens.
@@ -83,12 +93,6 @@ class Slots:
         """What a row holds is not to be trusted: a step failed while it was written."""
         self.held[row] = []
 
-    def view(self, first: int, last: int) -> KVCache:
-        """Rows first .. last-1 as a cache for the model, at the lengths of what they hold."""
-        part = copy(self._cache)  # over the same memory
-        part.kv, part.lengths = self.kv[:, :, first:last], [len(ids) for ids in self.held[first:last]]
-        return part
-
     def _longest(self, ids: Sequence[int]) -> tuple[int, int]:
         """The row with the longest common beginning, and its length; of equals a free one, which need not be copied."""
         best = (-1, 0)
@@ -108,14 +112,8 @@ class Slots:
     def _touch(self, row: int) -> None:
         self._used[row] = next(self._clock)
 
-    def _copy(self, source: int, target: int, tokens: int) -> None:
-        self.kv[:, :, target, :, :tokens] = self.kv[:, :, source, :, :tokens]
-
     def _swap(self, a: int, b: int) -> None:
-        tokens = max(len(self.held[a]), len(self.held[b]))
-        kept = self.kv[:, :, a, :, :tokens].clone()
-        self._copy(b, a, tokens)
-        self.kv[:, :, b, :, :tokens] = kept
+        self._exchange(a, b, max(len(self.held[a]), len(self.held[b])))
         for each in (self.held, self._used):
             each[a], each[b] = each[b], each[a]  # type: ignore[assignment]
 
