@@ -60,6 +60,28 @@ def test_it_is_what_the_definition_says() -> None:
     assert torch.equal(grid.scales, found.grid.scales)
 
 
+def test_it_makes_up_for_the_errors_of_the_layers_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that least squares say, and eight bits, what comes out is nearer to what the layer once computed."""
+    weight, once = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)), inputs(64)
+    now = once + 0.4 * once.std(0) * torch.randn(once.shape, generator=torch.Generator().manual_seed(5))
+    gram, shift, kind = now.T @ now, (once - now).T @ now, TYPES["Q8_0"]
+    wrong = {}
+    for share in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(module, "SHARE", share)
+        wrong[share] = float((now @ gptq(weight, gram, kind, shift).values().T - once @ weight.T).norm())
+    damped = gram + module.DAMPING * gram.diagonal().mean() * torch.eye(64)
+    best = weight + torch.linalg.solve(damped, (weight @ shift).T).T
+    assert wrong[1.0] == pytest.approx(float((now @ best.T - once @ weight.T).norm()), rel=0.01)
+    assert wrong[1.0] < 0.85 * wrong[0.0]
+    assert wrong[1.0] < wrong[0.5] < wrong[0.0]
+
+
+def test_without_a_shift_nothing_is_made_up_for() -> None:
+    weight, x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)), inputs(64)
+    plain, zero = (gptq(weight, x.T @ x, TYPES["Q4_0"], shift).values() for shift in (None, torch.zeros(64, 64)))
+    assert torch.equal(plain, zero)
+
+
 def clipped(weight: Tensor, scale: Tensor) -> Tensor:
     """How far beyond the codes' range a weight lies."""
     code = weight / scale

@@ -12,18 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from conftest import Run
 from extendable import FAMILIES, KNOWN, gpt2_like, hostile
 from loadstone.calibrate.rows import Rows
+from loadstone.calibrate.walk import walk
 from loadstone.checkpoint import open_checkpoint
 from loadstone.errors import LoadstoneError
 from loadstone.load import load
 from loadstone.model import GPT
+from loadstone.quantize import run as run_module
 from loadstone.quantize import write as write_module
-from loadstone.quantize.blocks import TYPES
+from loadstone.quantize.blocks import TYPES, BlockType
 from loadstone.quantize.budget import Choice, choose
-from loadstone.quantize.grid import nearest
+from loadstone.quantize.gptq import gptq
+from loadstone.quantize.grid import Rounded, nearest
 from loadstone.quantize.run import Quantised, Settings, quantize
 from loadstone.quantize.sensitivity import sensitivities
 from loadstone.quantize.write import write_quantised
@@ -93,6 +97,31 @@ def test_gptq_changes_the_model_less_than_nearest() -> None:
             quantize(other, Settings("Q4_0", method), rows)
             lost[method] = float((p.exp() * (p - other(rows.ids).log_softmax(-1))).sum(-1).mean())
     assert lost["gptq"] < 0.9 * lost["rtn"]
+
+
+def test_gptq_sees_what_each_layer_reads_in_the_finished_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All before it is rounded by then, in its own block too; and the shift is from the model as it was."""
+    model, once, seen = hostile(KNOWN, **MORE["llama"]), hostile(KNOWN, **MORE["llama"]), []
+
+    def remembering(weight: Tensor, gram: Tensor, kind: BlockType, shift: Tensor | None) -> Rounded:
+        seen.append((gram, shift))
+        return gptq(weight, gram, kind, shift)
+
+    monkeypatch.setattr(run_module, "gptq", remembering)
+    rows = rows_of(model)
+    quantize(model, Settings("Q4_0", "gptq", embedding="F16"), rows)
+    once.tok_emb.weight.data = model.tok_emb.weight.data
+    steps = []
+    for old, new in zip(walk(once, rows.ids), walk(model, rows.ids), strict=True):
+        new.before = old
+        found = new.moments()
+        steps += [(found.of(names[0]), found.shift_of(names[0])) for names in new.steps()]
+    assert len(seen) == len(steps)
+    for handed, expected in zip(seen, steps, strict=True):
+        for ours, theirs in zip(handed, expected, strict=True):
+            assert ours is not None
+            assert theirs is not None
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_eight_bits_twice_are_eight_bits_once() -> None:

@@ -68,6 +68,50 @@ def test_moments_are_of_what_each_layer_reads(family: str, monkeypatch: pytest.M
             assert torch.allclose(diagonal, gram.diagonal(), rtol=1e-4, atol=1e-6)
 
 
+def test_steps_are_in_the_order_in_which_layers_read() -> None:
+    stage = next(walk(hostile(KNOWN, **FAMILIES["llama"]), ids()))
+    steps = [[name.removeprefix("blocks.0.") for name in step] for step in stage.steps()]
+    assert [sorted(step) for step in steps] == [["attn.k", "attn.q", "attn.v"], ["attn.out"], ["mlp.gate", "mlp.up"],
+                                                ["mlp.down"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_is_in_one_step(family: str) -> None:
+    stage = next(walk(hostile(KNOWN, **FAMILIES[family]), ids()))
+    names = [name for step in stage.steps() for name in step]
+    assert sorted(names) == sorted(stage.linears)
+    whole, alone = stage.moments(), stage.moments(stage.steps()[0])
+    assert set(alone.leaders) == set(stage.steps()[0])
+    for name in alone.leaders:
+        assert torch.equal(whole.of(name), alone.of(name))  # type: ignore[arg-type]
+
+
+def test_shifts_are_against_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_TOKENS", 40)
+    model, name = hostile(KNOWN, **FAMILIES["llama"]), "blocks.1.mlp.down"
+    once = read_by(model, name, ids())
+    for stage in walk(model, ids(), remember=True):
+        shift = stage.moments().shift_of(f"blocks.{stage.index}.attn.q")
+        assert shift is not None
+        assert bool(shift.any()) == (stage.index > 0)
+        if stage.index == 0:
+            stage.linears["blocks.0.mlp.down"].weight.data *= 2
+        else:
+            found = stage.moments([name]).shift_of(name)
+            now = read_by(model, name, ids())
+            assert found is not None
+            assert torch.allclose(found, (once - now).T @ now / len(now), rtol=1e-3, atol=1e-5)
+
+
+def test_experts_have_no_shift() -> None:
+    """Another router may send them other tokens."""
+    model = hostile(KNOWN, **FAMILIES["llama"], n_experts=4, n_experts_used=2)
+    moments = next(walk(model, ids(), remember=True)).moments()
+    assert {name for name in moments.leaders if moments.shift_of(name) is None} == {
+        name for name in moments.leaders if ".mlp." in name
+    }
+
+
 def test_later_blocks_read_what_changed_ones_pass_on() -> None:
     model = hostile(KNOWN)
     before = [stage.inputs[0].clone() for stage in walk(model, ids())]

@@ -20,12 +20,13 @@ from .blocks import SIZE, BlockType
 from .grid import Grid, Rounded, best_grid
 
 COLUMNS = 128  # inputs whose errors are passed on among themselves first, and to the rest in one product
-DAMPING = 0.01  # of the mean of the diagonal, added to it
+DAMPING = 0.1  # of the mean of the diagonal, added to it
+SHARE = 0.5  # of what would make up for the errors of the layers before
 _ATTEMPTS = 6  # each with ten times the damping
 
 
 @torch.no_grad()
-def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
+def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType, shift_KK: Tensor | None = None) -> Rounded:
     """The codes and scales of a matrix.
 
     Inputs are rounded in the order of their size, the largest first ("act order"), when the most others are left to
@@ -35,15 +36,19 @@ def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
     Args:
         weight_MK: K a multiple of 32.
         gram_KK: sum (or mean) of x x^T over the inputs x that the layer saw.
+        shift_KK: the same of (y - x) x^T, y being its inputs before anything was rounded: see `making_up`.
 
     Raises LoadstoneError if the moments are not finite.
     """
     order = gram_KK.diagonal().argsort(descending=True)
     upper_KK = inverse_factor(gram_KK[order][:, order])
     M, K = weight_MK.shape
-    importance_K = torch.empty(K).index_copy_(0, order, upper_KK.diagonal() ** -2)
-    grid = best_grid(weight_MK.float().reshape(M, -1, SIZE), kind, importance_K.view(-1, SIZE))
     left = weight_MK.float()[:, order]  # the weights, with the errors of the inputs before them passed on
+    if shift_KK is not None:
+        left += making_up(left, shift_KK[order][:, order], upper_KK)
+    back = order.argsort()
+    importance_K = upper_KK.diagonal()[back] ** -2
+    grid = best_grid(left[:, back].reshape(M, -1, SIZE), kind, importance_K.view(-1, SIZE))
     codes = torch.empty(M, K)
     for start in range(0, K, COLUMNS):
         stop = min(start + COLUMNS, K)
@@ -56,6 +61,16 @@ def gptq(weight_MK: Tensor, gram_KK: Tensor, kind: BlockType) -> Rounded:
             left[:, k + 1 : stop] -= torch.outer(errors[:, k - start], upper_KK[k, k + 1 : stop])
         left[:, stop:] -= errors @ upper_KK[start:stop, stop:]
     return Rounded(kind, codes.to(torch.int8).view(M, -1, SIZE), grid)
+
+
+def making_up(weight_MK: Tensor, shift_KK: Tensor, upper_KK: Tensor) -> Tensor:
+    """What to add to the weights, so that they make up for the errors of the layers before.
+
+    Rounding those moved the inputs from y to x. The D that minimises |(W + D) x - W y|^2 is W E[(y - x) x^T]
+    E[x x^T]^-1 ("GPTAQ", Li et al. 2025, arXiv:2504.02692). As every regression on noisy inputs it also shrinks what
+    the layer computes; half of D ("QEP", Arai & Ichikawa 2025, arXiv:2504.09629) gained as much (docs/quantize.md).
+    """
+    return SHARE * (weight_MK @ shift_KK) @ upper_KK.T @ upper_KK
 
 
 def inverse_factor(gram_KK: Tensor) -> Tensor:

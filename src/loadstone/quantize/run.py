@@ -197,23 +197,27 @@ class _Rounding:
             for name in [name for name, unit in self.unit_of.items() if not unit.embedding]:
                 self._round(name)
         else:
-            for stage in walk(self.model, rows.ids):
-                self._round_stage(stage)
+            calibrated = self.settings.method == "gptq"
+            for stage in walk(self.model, rows.ids, remember=calibrated):
+                # Each step of a block reads what the steps before it, rounded already, make.
+                for step in stage.steps() if calibrated else [list(stage.linears)]:
+                    if layers := [layer for layer in step if f"{layer}.weight" in self.unit_of]:  # a router is none
+                        self._round_step(stage, layers)
         reports = [self._report(name, unit, losses.get(name, {})) for name, unit in self.units.items()]
         return Quantised(self.settings, reports, self.rounded, self.halves, rows)
 
-    def _round_stage(self, stage: Stage) -> None:
-        moments = stage.moments()
+    def _round_step(self, stage: Stage, layers: list[str]) -> None:
+        moments = stage.moments(layers)
         together: dict[tuple[str | None, str], list[str]] = {}  # same inputs, same type: one matrix, rounded at once
-        for layer in stage.linears:
-            if unit := self.unit_of.get(f"{layer}.weight"):
-                together.setdefault((moments.leaders.get(layer), self.types[unit.name]), []).append(layer)
-        for (leader, kind), layers in together.items():
-            gram, names = moments.of(layers[0]), [f"{layer}.weight" for layer in layers]
+        for layer in layers:
+            kind = self.types[self.unit_of[f"{layer}.weight"].name]
+            together.setdefault((moments.leaders.get(layer), kind), []).append(layer)
+        for (leader, kind), parts in together.items():
+            gram, names = moments.of(parts[0]), [f"{layer}.weight" for layer in parts]
             if self.settings.method == "gptq" and leader and gram is not None and kind != HALF:
                 weights: list[Tensor] = [self.model.get_parameter(name) for name in names]
-                parts = gptq(torch.cat(weights), gram, TYPES[kind]).split([len(weight) for weight in weights])
-                self.rounded |= dict(zip(names, parts, strict=True))
+                found = gptq(torch.cat(weights), gram, TYPES[kind], moments.shift_of(leader))
+                self.rounded |= dict(zip(names, found.split([len(weight) for weight in weights]), strict=True))
             for name in names:
                 self._round(name, gram)
 
