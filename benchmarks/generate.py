@@ -1,15 +1,16 @@
 """Tokens per second of generation on the CPU, beside llama.cpp, transformers and our own model in torch.
 
-    python benchmarks/generate.py [--rounds 5] [--threads 2] [--only native-q4,llama-Q4_0] [--json]
+    python benchmarks/generate.py [--rounds 5] [--threads 2] [--only native-q4,llama-Q4_0] [--json | --write]
 
 GPT-2 124M's shape with random weights, one folder for all (llama.cpp's files are converted from it), batch 1, a prompt
 of 32 tokens, 128 new ones, greedy; prefill of 512 tokens with the last one's logits, the best of three. Each
 contender is a fresh process, and they take turns; figures are medians over the rounds. *First token* counts from the
 start of the process, imports and loading included (no tokenizer, for any of them); *peak* is its largest resident
-memory. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights were read with.
+memory up to the last token. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights
+were read with. `--write` puts table and picture (benchmarks/roofline.py) into docs/performance.md.
 
-The script stops if the native engine's greedy tokens in float32 are not torch's, or if its perplexity on this
-repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width.
+The script stops if greedy tokens of ours in float32 are not those of transformers, or if the native engine's perplexity
+on this repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +39,7 @@ CONTENDERS = [
     *(name for ours, theirs in WIDTHS.items() for name in (f"native-{ours}", f"llama-{theirs}")),
     "transformers-float32", "transformers-bfloat16", "torch-float32",
 ]  # fmt: skip
+REFERENCE, OURS = "transformers-float32", ("native-float32", "torch-float32")
 Ids = list[int]
 Read = Callable[[Ids], np.ndarray]  # reads tokens after those before; the last one's logits
 Contender = tuple[Read, Callable[[], None], float]  # read, forget everything, MB of weights
@@ -119,7 +120,7 @@ def work(name: str, place: Path, threads: int, new_tokens: int = 128) -> dict[st
     for _ in range(new_tokens):
         tokens.append(int(read(tokens[-1:]).argmax()))
     decode = new_tokens / (time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = peak_memory()
     seconds = []
     for _ in range(3):
         forget()
@@ -127,10 +128,17 @@ def work(name: str, place: Path, threads: int, new_tokens: int = 128) -> dict[st
         read(random_ids(512))
         seconds.append(time.perf_counter() - begin)
     found = {"decode": decode, "prefill": 512 / min(seconds), "first_at": first, "peak": peak}
-    return found | {"reached": decode * weights / 1e3, "tokens": tokens[:32]}
+    return found | {"weights": weights, "reached": decode * weights / 1e3, "tokens": tokens}
+
+
+def peak_memory() -> float:
+    """MB. Not `getrusage`'s figure: a process inherits that of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
 
 
 def measure(name: str, place: Path, threads: int) -> dict[str, Any]:
+    print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
     command = [
         sys.executable,
         "-W",
@@ -145,6 +153,7 @@ def measure(name: str, place: Path, threads: int) -> dict[str, Any]:
     ]
     begin = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package need not be compiled each time it is run
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"first": found["first_at"] - begin}
@@ -165,19 +174,8 @@ def read_bandwidth(threads: int) -> float:
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "loadstone",
-        "convert",
-        str(source),
-        str(target),
-        "--to",
-        "gguf",
-        "--dtype",
-        kind,
-        "--no-parity",
-    ]
+    command = [sys.executable, "-m", "loadstone", "convert", str(source), str(target)]
+    command += ["--to", "gguf", "--dtype", kind, "--no-parity"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
@@ -232,19 +230,25 @@ def perplexities(place: Path, threads: int, windows: int = 4) -> dict[str, float
     return found
 
 
-def check(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -> None:
-    """Stops the script where a result is wrong."""
-    for run in runs:
-        if {"native-float32", "torch-float32"} <= set(run) and (
-            run["native-float32"]["tokens"] != run["torch-float32"]["tokens"]
-        ):
-            sys.exit("native-float32: the greedy tokens are not those of torch")
+def check_tokens(run: dict[str, dict[str, Any]], wanted: Ids) -> None:
+    """Stops the script where ours differ from the reference's."""
+    for name in OURS:
+        if name in run and run[name]["tokens"] != wanted:
+            first = next(
+                i for i, pair in enumerate(zip(run[name]["tokens"], wanted, strict=True)) if pair[0] != pair[1]
+            )
+            sys.exit(f"{name}: greedy token {first} is not the one of {REFERENCE}")
+
+
+def check_perplexity(found: dict[str, float]) -> None:
+    """Stops the script where ours is worse; a thousandth is left to the order of sums."""
     for ours, theirs in WIDTHS.items():
-        mine, peers = perplexity.get(f"native-{ours}", 0), perplexity.get(f"llama-{theirs}", 0)
-        if mine > peers * 1.001:
-            sys.exit(f"native-{ours}: perplexity {mine:.3f}, llama.cpp's {theirs} has {peers:.3f}")
+        mine, peers = found[f"native-{ours}"], found[f"llama-{theirs}"]
+        if not mine <= peers * 1.001:
+            sys.exit(f"native-{ours}: perplexity {mine:.3f}, and llama.cpp's {theirs} has {peers:.3f}")
 
 
+MARKS = ("<!-- benchmarks/generate.py --write -->", "<!-- end -->")
 COLUMNS = {"decode": "decode tok/s", "prefill": "prefill tok/s", "first": "first token s", "peak": "peak MB"}
 
 
@@ -252,7 +256,7 @@ def table(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -
     rows = []
     for name in runs[0]:
         row: dict[str, Any] = {"contender": name}
-        row |= {key: statistics.median(run[name][key] for run in runs) for key in (*COLUMNS, "reached")}
+        row |= {key: statistics.median(run[name][key] for run in runs) for key in (*COLUMNS, "weights", "reached")}
         kind, _, width = name.partition("-")
         if kind == "native" and (peer := f"llama-{WIDTHS[width]}") in runs[0]:
             for key in ("decode", "prefill"):
@@ -261,15 +265,41 @@ def table(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -
     return rows
 
 
-def show(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    print(f"| | {' | '.join(COLUMNS.values())} | reached GB/s | decode, prefill / llama.cpp's | perplexity |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+def markdown(rows: list[dict[str, Any]], bandwidth: float) -> str:
+    lines = [f"| | {' | '.join(COLUMNS.values())} | reached GB/s | decode, prefill / llama.cpp's | perplexity |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         ratios = f"{row['decode_ratio']:.2f}, {row['prefill_ratio']:.2f}" if "decode_ratio" in row else ""
         scored = f"{row['perplexity']:.3f}" if row["perplexity"] else ""
         figures = f"{row['decode']:.1f} | {row['prefill']:.0f} | {row['first']:.2f} | {row['peak']:.0f}"
-        print(f"| {row['contender']} | {figures} | {row['reached']:.1f} | {ratios} | {scored} |")
-    print(f"\nread: {bandwidth:.1f} GB/s")
+        lines.append(f"| {row['contender']} | {figures} | {row['reached']:.1f} | {ratios} | {scored} |")
+    return "\n".join([*lines, "", f"A plain loop read {bandwidth:.1f} GB/s."])
+
+
+def write_docs(table: str, rows: list[dict[str, Any]], bandwidth: float, how: str) -> None:
+    """Table and picture into docs/performance.md, between its two marks."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.roofline import draw
+
+    draw(rows, bandwidth, ROOT / "docs/pictures/roofline.svg")
+    path = ROOT / "docs/performance.md"
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        sys.exit(f"{path}: the marks {MARKS} are not there")
+    picture = "![Tokens per second over the bytes that a token reads](pictures/roofline.svg)"
+    path.write_text(f"{before}{MARKS[0]}\n{how}\n\n{table}\n\n{picture}\n{end}{after}")
+
+
+def described(rounds: int, threads: int) -> str:
+    from importlib.metadata import version
+
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("llama-cpp-python", "transformers", "torch"))
+    return (
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {cpu.partition(':')[2].strip()}, {threads} threads of "
+        f"{len(os.sched_getaffinity(0))} cores, medians of {rounds} rounds; {packages}."
+    )
 
 
 def main() -> None:
@@ -278,26 +308,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas between them")
     parser.add_argument("--no-perplexity", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="rows, and what each round found, on standard output")
+    parser.add_argument("--write", action="store_true", help="table and picture into docs/performance.md")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         print(json.dumps(work(arguments.work, arguments.place, arguments.threads)))
         return
+    threads, names = arguments.threads, arguments.only.split(",")
+    runs: list[dict[str, dict[str, Any]]] = []
+    bandwidths = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_models(place)
-        perplexity = {} if arguments.no_perplexity else perplexities(place, arguments.threads)
-        names, runs, bandwidth = arguments.only.split(","), [], []
+        perplexity = {} if arguments.no_perplexity else perplexities(place, threads)
+        if perplexity:
+            check_perplexity(perplexity)
+        wanted = measure(REFERENCE, place, threads)["tokens"] if {*OURS} & {*names} else []
         for _ in range(arguments.rounds):
-            bandwidth.append(read_bandwidth(arguments.threads))
-            runs.append({name: measure(name, place, arguments.threads) for name in names})
-    check(runs, perplexity)
-    rows = table(runs, perplexity)
-    print(json.dumps({"rows": rows, "read": bandwidth}, indent=2)) if arguments.json else show(
-        rows, statistics.median(bandwidth)
-    )
+            bandwidths.append(read_bandwidth(threads))
+            runs.append({name: measure(name, place, threads) for name in names})
+            check_tokens(runs[-1], wanted)
+    rows, bandwidth = table(runs, perplexity), statistics.median(bandwidths)
+    if arguments.write:
+        write_docs(markdown(rows, bandwidth), rows, bandwidth, described(arguments.rounds, threads))
+    print(json.dumps({"rows": rows, "read": bandwidths}, indent=2) if arguments.json else markdown(rows, bandwidth))
 
 
 if __name__ == "__main__":
