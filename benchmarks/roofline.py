@@ -1,4 +1,4 @@
-"""The roofline picture of docs/performance.md: tokens per second over the bytes that each token reads.
+"""What benchmarks/generate.py writes into docs/performance.md: its table, and tokens per second over bytes of a token.
 
     python benchmarks/generate.py --json > rows.json; python benchmarks/roofline.py rows.json docs/pictures/roofline.svg
 
@@ -9,8 +9,11 @@ from corner to corner on two logarithmic axes. How far a point lies below it is 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from loadstone.plot.style import (  # noqa: E402
     styled,
 )
 
+MARKS = ("<!-- benchmarks/generate.py --write -->", "<!-- end -->")
 NAMES = {
     "native": "Loadstone, native",
     "llama": "llama.cpp",
@@ -78,6 +82,27 @@ def draw(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
         axes.legend(loc="upper right")
     path.parent.mkdir(exist_ok=True)
     save(figure, path, path.suffix[1:], "Tokens per second over the bytes that a token reads")
+
+
+def write_docs(table: str, rows: list[dict[str, Any]], bandwidth: float, how: str) -> None:
+    """Table and picture into docs/performance.md, between its two marks."""
+    draw(rows, bandwidth, ROOT / "docs/pictures/roofline.svg")
+    path = ROOT / "docs/performance.md"
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        sys.exit(f"{path}: the marks {MARKS} are not there")
+    picture = "![Tokens per second over the bytes that a token reads](pictures/roofline.svg)"
+    path.write_text(f"{before}{MARKS[0]}\n{how}\n\n{table}\n\n{picture}\n{end}{after}")
+
+
+def described(rounds: int, threads: int) -> str:
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("llama-cpp-python", "transformers", "torch"))
+    return (
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {cpu.partition(':')[2].strip()}, {threads} threads of "
+        f"{len(os.sched_getaffinity(0))} cores, medians of {rounds} rounds; {packages}."
+    )
 
 
 if __name__ == "__main__":
