@@ -1,15 +1,17 @@
 """Tokens per second of generation on the CPU, beside llama.cpp, transformers and our own model in torch.
 
-    python benchmarks/generate.py [--rounds 5] [--threads 2] [--only native-q4,llama-Q4_0] [--json]
+    python benchmarks/generate.py [--rounds 5] [--threads 2] [--only native-q4,llama-Q4_0] [--json | --write]
 
 GPT-2 124M's shape with random weights, one folder for all (llama.cpp's files are converted from it), batch 1, a prompt
 of 32 tokens, 128 new ones, greedy; prefill of 512 tokens with the last one's logits, the best of three. Each
 contender is a fresh process, and they take turns; figures are medians over the rounds. *First token* counts from the
 start of the process, imports and loading included (no tokenizer, for any of them); *peak* is its largest resident
-memory. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights were read with.
+memory up to the last token. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights
+were read with. `--write` puts table and picture (benchmarks/roofline.py) into docs/performance.md.
 
-The script stops if the native engine's greedy tokens in float32 are not torch's, or if its perplexity on this
-repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width.
+The script stops if greedy tokens of ours in float32 are not those of transformers, or if the native engine's perplexity
+on this repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width, by more than
+three standard errors. On two idle cores it takes some four minutes and one more for each round.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ CONTENDERS = [
     *(name for ours, theirs in WIDTHS.items() for name in (f"native-{ours}", f"llama-{theirs}")),
     "transformers-float32", "transformers-bfloat16", "torch-float32",
 ]  # fmt: skip
+REFERENCE, OURS = "transformers-float32", ("native-float32", "torch-float32")
 Ids = list[int]
 Read = Callable[[Ids], np.ndarray]  # reads tokens after those before; the last one's logits
 Contender = tuple[Read, Callable[[], None], float]  # read, forget everything, MB of weights
@@ -119,7 +121,7 @@ def work(name: str, place: Path, threads: int, new_tokens: int = 128) -> dict[st
     for _ in range(new_tokens):
         tokens.append(int(read(tokens[-1:]).argmax()))
     decode = new_tokens / (time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = peak_memory()
     seconds = []
     for _ in range(3):
         forget()
@@ -127,10 +129,21 @@ def work(name: str, place: Path, threads: int, new_tokens: int = 128) -> dict[st
         read(random_ids(512))
         seconds.append(time.perf_counter() - begin)
     found = {"decode": decode, "prefill": 512 / min(seconds), "first_at": first, "peak": peak}
-    return found | {"reached": decode * weights / 1e3, "tokens": tokens[:32]}
+    return found | {"weights": weights, "reached": decode * weights / 1e3, "tokens": tokens}
+
+
+def peak_memory() -> float:
+    """MB. Not `getrusage`'s figure: a process inherits that of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def measure(name: str, place: Path, threads: int) -> dict[str, Any]:
+    say(name)
     command = [
         sys.executable,
         "-W",
@@ -145,6 +158,7 @@ def measure(name: str, place: Path, threads: int) -> dict[str, Any]:
     ]
     begin = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package need not be compiled each time it is run
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"first": found["first_at"] - begin}
@@ -165,19 +179,8 @@ def read_bandwidth(threads: int) -> float:
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "loadstone",
-        "convert",
-        str(source),
-        str(target),
-        "--to",
-        "gguf",
-        "--dtype",
-        kind,
-        "--no-parity",
-    ]
+    command = [sys.executable, "-m", "loadstone", "convert", str(source), str(target)]
+    command += ["--to", "gguf", "--dtype", kind, "--no-parity"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
@@ -188,14 +191,15 @@ def write_models(place: Path) -> None:
     from loadstone.model import GPT
     from loadstone.save import save_model
 
+    say("writing the models")
     torch.manual_seed(0)
     save_model(GPT(PRESETS["gpt2"]), place / "model")
     for theirs, ours in FILES.items():
         convert(place / "model", place / f"{theirs}.gguf", ours)
 
 
-def perplexities(place: Path, threads: int, windows: int = 4) -> dict[str, float]:
-    """Of SmolLM2 (as float32, then rounded to each width) on windows of 512 tokens of docs/*.md."""
+def losses(place: Path, threads: int, windows: int = 16) -> dict[str, list[float]]:
+    """Of SmolLM2 (as float32, then rounded to each width) on windows of 512 tokens of docs/*.md, spread evenly."""
     from llama_cpp import Llama
 
     from loadstone import load
@@ -207,18 +211,20 @@ def perplexities(place: Path, threads: int, windows: int = 4) -> dict[str, float
     assert tokenizer is not None
     save_model(model, place / "smollm2", tokenizer=tokenizer)
     ids = tokenizer.encode("\n\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
-    texts = [ids[i * 512 : (i + 1) * 512] for i in range(windows)]
+    starts = [i * (len(ids) - 512) // windows for i in range(windows)]
 
-    def score(logits: Callable[[Ids], np.ndarray]) -> float:
-        losses = []
-        for text in texts:
-            scores = logits(text)[:-1].astype(np.float64)
+    def score(logits: Callable[[Ids], np.ndarray]) -> list[float]:
+        found = []
+        for text in (ids[start : start + 512] for start in starts):
+            scores = logits(text)[:-1]
             scores -= scores.max(-1, keepdims=True)
-            losses.append(np.log(np.exp(scores).sum(-1)) - scores[np.arange(511), text[1:]])
-        return float(np.exp(np.mean(losses)))
+            of_each = np.log(np.exp(scores).sum(-1, dtype=np.float64)) - scores[np.arange(511), text[1:]]
+            found.append(float(of_each.mean()))
+        return found
 
     found = {}
     for ours, theirs in WIDTHS.items():
+        say(f"perplexity at {ours} and {theirs}")
         found[f"native-{ours}"] = score(open_native(open_source(place / "smollm2"), width=ours, threads=threads).scores)
         convert(place / "smollm2", path := place / f"smollm2-{theirs}.gguf", FILES[theirs])
         peer = Llama(str(path), n_ctx=512, n_threads=threads, flash_attn=True, verbose=False, logits_all=True)
@@ -232,17 +238,29 @@ def perplexities(place: Path, threads: int, windows: int = 4) -> dict[str, float
     return found
 
 
-def check(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -> None:
-    """Stops the script where a result is wrong."""
-    for run in runs:
-        if {"native-float32", "torch-float32"} <= set(run) and (
-            run["native-float32"]["tokens"] != run["torch-float32"]["tokens"]
-        ):
-            sys.exit("native-float32: the greedy tokens are not those of torch")
+def check_tokens(run: dict[str, dict[str, Any]], wanted: Ids) -> None:
+    """Stops the script where ours differ from the reference's."""
+    for name in OURS:
+        if name in run and run[name]["tokens"] != wanted:
+            first = next(
+                i for i, pair in enumerate(zip(run[name]["tokens"], wanted, strict=True)) if pair[0] != pair[1]
+            )
+            sys.exit(f"{name}: greedy token {first} is not the one of {REFERENCE}")
+
+
+def check_perplexity(found: dict[str, list[float]]) -> None:
+    """Stops the script where ours is worse: by more than three standard errors of the difference, window by window.
+
+    Roundings of 4 bits alone, of which none is better, move a window's perplexity by some 3 percent either way.
+    """
     for ours, theirs in WIDTHS.items():
-        mine, peers = perplexity.get(f"native-{ours}", 0), perplexity.get(f"llama-{theirs}", 0)
-        if mine > peers * 1.001:
-            sys.exit(f"native-{ours}: perplexity {mine:.3f}, llama.cpp's {theirs} has {peers:.3f}")
+        mine, peers = (np.array(found[name]) for name in (f"native-{ours}", f"llama-{theirs}"))
+        worse = mine - peers
+        if not worse.mean() <= 3 * worse.std(ddof=1) / len(worse) ** 0.5 + 1e-4:
+            figures = f"{np.exp(mine.mean()):.3f}, and llama.cpp's {theirs} has {np.exp(peers.mean()):.3f}"
+            sys.exit(
+                f"native-{ours}: perplexity {figures}; by window, the logarithms differ by {worse.round(4).tolist()}"
+            )
 
 
 COLUMNS = {"decode": "decode tok/s", "prefill": "prefill tok/s", "first": "first token s", "peak": "peak MB"}
@@ -252,7 +270,7 @@ def table(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -
     rows = []
     for name in runs[0]:
         row: dict[str, Any] = {"contender": name}
-        row |= {key: statistics.median(run[name][key] for run in runs) for key in (*COLUMNS, "reached")}
+        row |= {key: statistics.median(run[name][key] for run in runs) for key in (*COLUMNS, "weights", "reached")}
         kind, _, width = name.partition("-")
         if kind == "native" and (peer := f"llama-{WIDTHS[width]}") in runs[0]:
             for key in ("decode", "prefill"):
@@ -261,15 +279,15 @@ def table(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -
     return rows
 
 
-def show(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    print(f"| | {' | '.join(COLUMNS.values())} | reached GB/s | decode, prefill / llama.cpp's | perplexity |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+def markdown(rows: list[dict[str, Any]], bandwidth: float) -> str:
+    lines = [f"| | {' | '.join(COLUMNS.values())} | reached GB/s | decode, prefill / llama.cpp's | perplexity |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         ratios = f"{row['decode_ratio']:.2f}, {row['prefill_ratio']:.2f}" if "decode_ratio" in row else ""
         scored = f"{row['perplexity']:.3f}" if row["perplexity"] else ""
         figures = f"{row['decode']:.1f} | {row['prefill']:.0f} | {row['first']:.2f} | {row['peak']:.0f}"
-        print(f"| {row['contender']} | {figures} | {row['reached']:.1f} | {ratios} | {scored} |")
-    print(f"\nread: {bandwidth:.1f} GB/s")
+        lines.append(f"| {row['contender']} | {figures} | {row['reached']:.1f} | {ratios} | {scored} |")
+    return "\n".join([*lines, "", f"A plain loop read {bandwidth:.1f} GB/s."])
 
 
 def main() -> None:
@@ -278,26 +296,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas between them")
     parser.add_argument("--no-perplexity", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="rows, and what each round found, on standard output")
+    parser.add_argument("--write", action="store_true", help="table and picture into docs/performance.md")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         print(json.dumps(work(arguments.work, arguments.place, arguments.threads)))
         return
+    threads, names = arguments.threads, arguments.only.split(",")
+    runs: list[dict[str, dict[str, Any]]] = []
+    bandwidths = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_models(place)
-        perplexity = {} if arguments.no_perplexity else perplexities(place, arguments.threads)
-        names, runs, bandwidth = arguments.only.split(","), [], []
+        scored = {} if arguments.no_perplexity else losses(place, threads)
+        if scored:
+            check_perplexity(scored)
+        perplexity = {name: math.exp(statistics.mean(each)) for name, each in scored.items()}
+        wanted = measure(REFERENCE, place, threads)["tokens"] if {*OURS} & {*names} else []
         for _ in range(arguments.rounds):
-            bandwidth.append(read_bandwidth(arguments.threads))
-            runs.append({name: measure(name, place, arguments.threads) for name in names})
-    check(runs, perplexity)
-    rows = table(runs, perplexity)
-    print(json.dumps({"rows": rows, "read": bandwidth}, indent=2)) if arguments.json else show(
-        rows, statistics.median(bandwidth)
-    )
+            bandwidths.append(read_bandwidth(threads))
+            runs.append({name: measure(name, place, threads) for name in names})
+            check_tokens(runs[-1], wanted)
+    rows, bandwidth = table(runs, perplexity), statistics.median(bandwidths)
+    if arguments.write:
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.roofline import described, write_docs
+
+        write_docs(markdown(rows, bandwidth), rows, bandwidth, described(arguments.rounds, threads))
+    print(json.dumps({"rows": rows, "read": bandwidths}, indent=2) if arguments.json else markdown(rows, bandwidth))
 
 
 if __name__ == "__main__":

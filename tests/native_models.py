@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def ids_of(length: int, seed: int = 1, vocab: int = 259) -> list[int]:
 
 
 def bf16(x: Tensor) -> Tensor:
-    return x.bfloat16().float()
+    return x.bfloat16().to(x.dtype)
 
 
 def same(x: Tensor) -> Tensor:
@@ -105,3 +106,35 @@ def emulate(model: GPT, ids: list[int], activations: Rounding, cached: Rounding,
             module.attend = attend
     logits: Floats = model.logits(activations(model.hidden(torch.tensor([ids]))))[0].numpy()
     return logits
+
+
+def decided(model: GPT, ids: list[int], *roundings: Rounding) -> tuple[int, Floats]:
+    """How many tokens, from the first on, have no number that may be rounded to either side; and torch's own error.
+
+    That error, [len(ids), V], is what float32 and float64 differ by. A number may fall to either side if 16 times its
+    own error, and 16 units in the last place of its row's largest, reach across the border between two steps; whatever
+    follows such a token may see it.
+    """
+    (logits, narrow), (exact, wide) = (_recorded(m, ids, roundings) for m in (model, copy.deepcopy(model).double()))
+    either = torch.zeros(len(ids), dtype=torch.bool)
+    for (_, x), (rounding, y) in zip(narrow, wide, strict=True):
+        reach = 16 * (x - y).abs() + 2.0**-20 * y.abs().amax(-1, keepdim=True)
+        apart = (rounding(y + reach) - rounding(y - reach)).abs() > 1e-3 * y.abs()  # a step is 1/256 of it or more
+        either |= apart.any(-1).reshape(-1, len(ids)).any(0)
+    return int(either.nonzero()[0, 0]) if either.any() else len(ids), np.abs(logits - exact)
+
+
+def _recorded(
+    model: GPT, ids: list[int], roundings: Sequence[Rounding]
+) -> tuple[Floats, list[tuple[Rounding, Tensor]]]:
+    inputs: list[tuple[Rounding, Tensor]] = []
+
+    def spied(rounding: Rounding) -> Rounding:
+        def record(x: Tensor) -> Tensor:
+            if rounding is not same:
+                inputs.append((rounding, x))
+            return rounding(x)
+
+        return record
+
+    return emulate(model, ids, *map(spied, roundings)), inputs

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from loadstone.model import GPT
 from loadstone.native import NativeEngine, available, levels
-from native_models import MODELS, Floats, bf16, emulate, engine_of, ids_of, int8_groups, model_of, same, take_weights
+from native_models import (
+    MODELS,
+    Floats,
+    Rounding,
+    bf16,
+    decided,
+    emulate,
+    engine_of,
+    ids_of,
+    int8_groups,
+    model_of,
+    same,
+    take_weights,
+)
 from small_gpt import LLAMA
 
 LEVELS = levels() if available() else ["portable"]
@@ -29,17 +42,21 @@ def test_float32_is_torch(name: str, level: str) -> None:
         np.testing.assert_allclose(engine.decode(cache, [token])[0], want[end], rtol=0, atol=1e-4)
 
 
-ROUNDINGS = {"bfloat16": same, "float16": same, "q8": int8_groups, "q4": int8_groups}
+ROUNDINGS: dict[str, Rounding] = {"bfloat16": same, "float16": same, "q8": int8_groups, "q4": int8_groups}
+
+
+def roundings(engine: NativeEngine, length: int, width: str) -> tuple[Rounding, Rounding, Rounding]:
+    """The engine's, as `emulate` takes them: of inputs of products, of keys and values, of attention's own factors."""
+    if width in ("float32", "float16"):
+        return same, same, same
+    dot = engine.level == "avx512bf16" and length > 4  # engine.h's DECODE
+    return bf16 if dot and width == "bfloat16" else ROUNDINGS[width], bf16, bf16 if dot else same
 
 
 def wanted(model: GPT, engine: NativeEngine, ids: list[int], width: str) -> Floats:
     """Torch's logits with the engine's roundings. The model's matrices become the engine's."""
     take_weights(model, engine)
-    if width in ("float32", "float16"):
-        return emulate(model, ids, same, same)
-    dot = engine.level == "avx512bf16" and len(ids) > 4  # engine.h's DECODE
-    activations = bf16 if dot and width == "bfloat16" else ROUNDINGS[width]
-    return emulate(model, ids, activations, bf16, bf16 if dot else same)
+    return emulate(model, ids, *roundings(engine, len(ids), width))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -113,8 +130,8 @@ def test_any_shape(
     ids = ids_of(length, vocab=vocab)
     engine = engine_of(model, width, level=level)
     found, want = engine.scores(ids), wanted(model, engine, ids, width)
-    error = np.abs(found - want).max(-1)  # of each token
-    if width in ("float32", "float16"):
-        assert error.max() <= 1e-4 * max(np.abs(want).max(), 1)
-    else:  # where a number falls to the other side of a step, all that follows differs; most tokens meet none
-        assert np.median(error) <= 0.05 * max(np.abs(want).max(), 1)
+    # A number between two steps may fall to either side, and be a step away from torch's: what follows is then a
+    # hundredth away, or more in a small model. Before the first such number only the order of sums differs.
+    count, own = decided(model, ids, *roundings(engine, length, width))
+    limit = 1e-4 * max(np.abs(want).max(), 1) + 16 * own
+    assert (np.abs(found - want) <= limit)[:count].all()

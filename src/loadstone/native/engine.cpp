@@ -38,9 +38,6 @@ static bool runs(int level) {
 
 constexpr size_t HUGE_PAGE = size_t(1) << 21;
 static const size_t PAGE = size_t(sysconf(_SC_PAGESIZE));
-#if !defined(MADV_POPULATE_WRITE)
-#define MADV_POPULATE_WRITE 23  // Linux 5.14; before it, pages come when they are written
-#endif
 
 // Zeroed and untouched, and null if there is none. Large pages spare the translation of addresses.
 static uint8_t* reserve(size_t bytes, bool huge) {
@@ -58,14 +55,6 @@ static uint8_t* reserve(size_t bytes, bool huge) {
 void give_back(const uint8_t* from, const uint8_t* to) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(from) / PAGE, end = reinterpret_cast<uintptr_t>(to) / PAGE;
     if (begin < end) madvise(reinterpret_cast<void*>(begin * PAGE), (end - begin) * PAGE, MADV_DONTNEED);
-}
-
-// Has all threads clear the pages of the weights before one is written: two that met in a page would both clear it.
-static void populate(Engine& e, void*, int) {
-    for (size_t at; (at = size_t(e.team.take(1)) * HUGE_PAGE) < e.packed_bytes;) {
-        const size_t left = e.packed_bytes - at;
-        madvise(e.memory + at, left < HUGE_PAGE ? left : HUGE_PAGE, MADV_POPULATE_WRITE);
-    }
 }
 
 // Hands out pieces of one block of memory; the first walk, without a block, only counts.
@@ -185,7 +174,6 @@ API Engine* ls_open(const Config* config, const int32_t* types, int threads, int
     if (!(e->memory = reserve(e->bytes, true))) return destroy(e), nullptr;
     lay_out(*e, types);
     start_threads(*e);
-    run(*e, populate, nullptr);
     return e;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ def build_bpe(where: Path | str, vocab: Mapping[str, int], merges: Sequence[Merg
 
     Raises TokenizerError if two tokens share an id, or a merge names or makes a token that is not in the vocabulary.
     """
+    if not _is_sound(vocab, merges):
+        _refuse(where, vocab, merges)
+    with refusing(where, "the vocabulary is not accepted"):
+        return Backend(models.BPE(vocab=dict(vocab), merges=list(merges), **options))
+
+
+def _is_sound(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
+    """Whether `_refuse` would find nothing, in a fifth of its time: a process waits for this before its first token."""
+    ids = vocab.values()
+    if not ids or {*map(type, ids)} != {int} or min(ids) < 0 or max(ids) >= 2**31 or len({*ids}) != len(ids):
+        return not vocab and not merges
+    return vocab.keys() >= {*chain.from_iterable(merges)} and vocab.keys() >= {*map("".join, merges)}
+
+
+def _refuse(where: Path | str, vocab: Mapping[str, int], merges: Sequence[Merge]) -> None:
+    """Raises TokenizerError with the first thing that is wrong."""
     owners: dict[int, str] = {}
     for token, number in vocab.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
@@ -34,8 +51,6 @@ def build_bpe(where: Path | str, vocab: Mapping[str, int], merges: Sequence[Merg
                     f"{where}: merge {rank} ({shown(left)} + {shown(right)}) needs the token {shown(part)}, which the "
                     "vocabulary does not have. The two lists belong to different tokenizers, or the file is damaged."
                 )
-    with refusing(where, "the vocabulary is not accepted"):
-        return Backend(models.BPE(vocab=dict(vocab), merges=list(merges), **options))
 
 
 def add_tokens(backend: Backend, tokens: Sequence[str], *, special: bool) -> None:

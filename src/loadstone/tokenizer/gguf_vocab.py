@@ -127,6 +127,8 @@ class _Vocab:
         try:
             if isinstance(values, str):
                 raise TypeError
+            if kind is _text and isinstance(values, list) and {*map(type, values)} == {str}:
+                return values  # one by one takes as long as to read them
             return [kind(value) for value in (() if values is None else values)]
         except (TypeError, ValueError, OverflowError):
             raise self.error(f"has a damaged list tokenizer.ggml.{key}") from None
