@@ -83,6 +83,7 @@ fuzz: $(VENV)/fuzz
 
 bench: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/load.py
+	$(PEERS)/bin/python benchmarks/convert.py
 	$(PEERS)/bin/python benchmarks/dequantise.py
 	$(PEERS)/bin/python benchmarks/qkv.py
 	$(PEERS)/bin/python benchmarks/train.py

@@ -354,22 +354,6 @@ def test_a_failure_in_the_middle_leaves_nothing_new_and_nothing_lost(source: Pat
     assert before == {file: file.read_bytes() for file in target.parent.rglob("*") if file.is_file()}
 
 
-def test_what_is_read_back_is_compared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that changes what it is given is caught before the result takes its name."""
-
-    def damaged(path: Path) -> Checkpoint:
-        checkpoint = open_checkpoint(path)
-        if ".partial" in str(path):
-            read = checkpoint.read
-            checkpoint.read = lambda name: read(name) + (name == "transformer.wpe.weight")  # type: ignore[method-assign]
-        return checkpoint
-
-    monkeypatch.setattr(module, "open_checkpoint", damaged)
-    with pytest.raises(LoadstoneError, match=r"not what was written: transformer\.wpe\.weight"):
-        convert(source, tmp_path / "hf", to="hf")
-    assert not (tmp_path / "hf").exists()
-
-
 def test_a_result_that_does_not_fill_the_model_is_not_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

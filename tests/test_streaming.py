@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadstone.checkpoint.base import DTYPES, Array, TensorInfo
-from loadstone.checkpoint.streaming import CHUNK, Output, Transfer, chunks, stored_nbytes
+from loadstone.checkpoint.streaming import CHUNK, Output, Transfer, chunks, same_bytes, stored_nbytes
 from loadstone.errors import LoadstoneError
 from memory import MemoryCheckpoint
 from writer_cases import aliased, arrays
@@ -39,6 +39,30 @@ def test_a_contiguous_array_is_not_copied_and_a_transposed_one_a_few_rows_at_a_t
     assert array.tobytes() == whole
 
 
+@settings(max_examples=300, deadline=None)
+@given(arrays(DTYPES), st.data())
+def test_arrays_are_the_same_if_and_only_if_every_bit_is(array: Array, data: st.DataObject) -> None:
+    copy = array.copy()
+    assert same_bytes(copy, array)  # `array` has whatever strides
+    if array.size:
+        at = data.draw(st.integers(0, copy.nbytes - 1))
+        copy.reshape(-1).view(np.uint8)[at] ^= 1 << data.draw(st.integers(0, 7))
+        assert not same_bytes(copy, array)
+    assert not same_bytes(array, array[None])
+
+
+def test_transposed_views_of_any_width_are_copied_and_compared_right() -> None:
+    rng = np.random.default_rng(0)
+    for rows, columns in [(1, 9000), (9000, 1), (17, 8193), (8193, 17), (700, 900)]:
+        for dtype in (np.uint8, np.uint16, np.float32):
+            view = rng.integers(0, 255, (columns, rows)).astype(dtype).T
+            assert b"".join(map(bytes, chunks(view, 1 << 16))) == view.tobytes()
+            assert same_bytes(np.ascontiguousarray(view), view)
+            other = view.copy(order="C")
+            other[-1, -1] += 1
+            assert not same_bytes(other, view)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1, 4095, 4096, 50_000]), st.sampled_from([0, 0, 7])), max_size=6))
 def test_holes_read_as_zeros_and_the_size_is_right(
@@ -55,6 +79,15 @@ def test_holes_read_as_zeros_and_the_size_is_right(
         output.pad(64)
     content = b"\1" * bool(content) + content[1:]
     assert path.read_bytes() == content + bytes(-len(content) % 64)
+
+
+def test_a_file_is_continued_behind_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"header")
+    with Output(tmp_path / "file", append=True) as output:
+        output.pad(4)
+        output.write(bytes(5000))
+        output.write(b"end")
+    assert (tmp_path / "file").read_bytes() == b"header\0\0" + bytes(5000) + b"end"
 
 
 def test_zeros_take_no_room_on_the_disk(tmp_path: Path) -> None:

@@ -10,62 +10,20 @@ flipped byte in the weights gives slightly worse text and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .checkpoint import open_checkpoint, proof
-from .checkpoint.base import Array, Checkpoint
-from .checkpoint.streaming import Progress, chunks
+from .checkpoint.base import Checkpoint
+from .checkpoint.streaming import Progress
 from .checkpoint.wording import few, shown
 from .checks import Check
 from .errors import LoadstoneError, SourceError
-
-_READ = 8 << 20
-
-
-class Recorder(Checkpoint):
-    """A checkpoint that remembers the hash of each tensor that passes through it on the way into a file."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        super().__init__(source.path, source.format, source.tensors, source.aliases, source.metadata, source.notes)
-        self._source = source
-        self.hashes: dict[str, str] = {}
-
-    def read(self, name: str) -> Array:
-        array = self._source.read(name)
-        self.hashes[name] = hash_tensor(array)
-        return array
-
-
-def hash_tensor(array: Array) -> str:
-    """SHA-256 of a tensor's bytes in row-major order, whatever lies beneath."""
-    digest = hashlib.sha256()
-    for chunk in chunks(array):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def hash_file(path: Path, advance: Callable[[int], None] = lambda nbytes: None) -> str:
-    """SHA-256 of a file. `advance` is called with the bytes of each piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_READ):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
-
-
-def describe_files(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
-    """Name relative to `base` -> size and hash."""
-    return {
-        path.relative_to(base).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(paths)
-    }
+from .hashing import hash_file, hash_tensor
 
 
 def versions() -> dict[str, str]:

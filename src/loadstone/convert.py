@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from . import certificate
-from .certificate import Recorder, hash_tensor
 from .checkpoint import open_checkpoint, proof
 from .checkpoint.atomic import atomic_file, atomic_folder
-from .checkpoint.base import DTYPES, Array, Checkpoint
+from .checkpoint.base import DTYPES, Checkpoint
+from .checkpoint.streaming import same_bytes
 from .checkpoint.wording import few, shown, size_text
 from .config import to_own
 from .config.losses import require_fields
 from .errors import LoadstoneError, SourceError
+from .hashing import Background, Description, hash_tensor
 from .layouts import LAYOUTS, Job, Layout
 from .load import load_tokenizer_for, open_source, settle_tie
 from .weightmap import Identity, Translated, identify, table_for
@@ -81,19 +82,18 @@ def convert(
     table, layout = table_for(identity.config.architecture, to), LAYOUTS[to]
     path = _named(destination, layout)
     translated = Translated(identity, table, element_type(dtype, to))
-    job = Job(identity, Recorder(translated), load_tokenizer_for(identity), dtype, shard_size, accepted)
+    job = Job(identity, translated, load_tokenizer_for(identity), dtype, shard_size, accepted)
     if progress:
         job.progress = partial(progress, "writing")
     may_replace(path, identity.checkpoint, layout, force)
     with destination_for(path, layout, layout.nbytes(job) + HEADROOM) as places:
-        return fill(path, places, job, translated, to, parity=parity, progress=progress)
+        return fill(path, places, job, to, parity=parity, progress=progress)
 
 
 def fill(
     path: Path,
     places: tuple[Path, Path],
     job: Job,
-    translated: Translated,
     to: str,
     *,
     parity: bool | None = False,
@@ -101,9 +101,13 @@ def fill(
 ) -> dict[str, Any]:
     """Write everything that will be at `path` to its temporary places, read it back; returns the certificate."""
     temporary, proof_file = places
-    LAYOUTS[to].write(job, temporary)
-    written = _read_back(path, temporary, job, progress)
-    values = _certificate(path, job, translated, written, temporary)
+    with Background() as background:
+        source = background.describe(_source_files(job.identity))
+        LAYOUTS[to].write(job, temporary)
+        folder = temporary.is_dir()
+        files = background.describe({f.name: f for f in temporary.iterdir()} if folder else {path.name: temporary})
+        written = _read_back(path, temporary, job, progress)
+        values = _certificate(job, written, source(), files())
     values["parity"] = _parity(job.identity, _reopened(written, job.identity, to), job.dtype, parity)
     values["remarks"] = job.identity.remarks + job.remarks
     proof.write(values, proof_file)
@@ -193,7 +197,10 @@ def destination_for(path: Path, layout: Layout, need: int) -> Iterator[tuple[Pat
 
 
 def _read_back(path: Path, temporary: Path, job: Job, progress: Stages | None) -> tuple[Checkpoint, dict[str, str]]:
-    """Open what was written and hash each tensor. Raises LoadstoneError if it is not what went in."""
+    """Open what was written, compare each tensor with what the source gives once more, and hash it.
+
+    Raises LoadstoneError if it is not what went in.
+    """
     checkpoint = open_checkpoint(temporary)
     hashes: dict[str, str] = {}
     wrong = [name for name in job.tensors.tensors if name not in checkpoint.tensors]
@@ -203,12 +210,12 @@ def _read_back(path: Path, temporary: Path, job: Job, progress: Stages | None) -
     for name in stored:
         array = checkpoint.read(name)
         hashes[name] = hash_tensor(array)
-        if name in job.tensors.hashes:
+        if name in job.tensors.tensors and name not in job.encoded:
             given = DTYPES[job.tensors.info(name).dtype]
             if not np.can_cast(given, array.dtype, "safe") or checkpoint.info(name).dtype not in DTYPES:
                 rounded += 1
-            elif job.tensors.hashes[name] != _hash_as(given, array, hashes[name]):
-                wrong.append(name)
+            elif not same_bytes(array, job.tensors.read(name).astype(array.dtype, copy=False)):
+                wrong.append(name)  # GGUF may have widened it
         done += checkpoint.info(name).nbytes
         if progress:
             progress("reading back", done, total)
@@ -224,11 +231,6 @@ def _read_back(path: Path, temporary: Path, job: Job, progress: Stages | None) -
     return checkpoint, hashes
 
 
-def _hash_as(given: np.dtype[Any], array: Array, digest: str) -> str:
-    """The hash of an array in the type that went in, which GGUF may have widened; `digest` is that of its own."""
-    return digest if array.dtype == given else hash_tensor(array.astype(given))
-
-
 def _reopened(written: tuple[Checkpoint, dict[str, str]], identity: Identity, to: str) -> Identity:
     """The result as a source of its own: its names must fill the same model."""
     found = identify(written[0], dialect=to, overrides=to_own(identity.config))
@@ -238,14 +240,10 @@ def _reopened(written: tuple[Checkpoint, dict[str, str]], identity: Identity, to
 
 
 def _certificate(
-    path: Path, job: Job, translated: Translated, written: tuple[Checkpoint, dict[str, str]], temporary: Path
+    job: Job, written: tuple[Checkpoint, dict[str, str]], source_files: Description, files: Description
 ) -> dict[str, Any]:
     checkpoint, hashes = written
-    identity, source = job.identity, job.identity.checkpoint
-    base, names = (temporary, temporary.iterdir()) if temporary.is_dir() else (temporary.parent, [temporary])
-    files = certificate.describe_files(names, base)
-    if not temporary.is_dir():
-        files = {path.name: files[temporary.name]}
+    identity, source, translated = job.identity, job.identity.checkpoint, job.tensors
     return {
         "certificate": proof.VERSION,
         "source": {
@@ -255,7 +253,7 @@ def _certificate(
             "config_source": identity.config_source,
             "assumed": identity.assumed,
             "left_aside": identity.plan.ignored,
-            "files": certificate.describe_files(_source_files(identity), source.folder or Path()),
+            "files": source_files,
         },
         "written": {"format": checkpoint.format, "dialect": translated.dialect, "dtype": job.dtype, "files": files},
         "config": to_own(identity.config),
@@ -273,13 +271,13 @@ def _tensor_entry(checkpoint: Checkpoint, translated: Translated, name: str, dig
     return {"shape": [*info.shape], "dtype": info.dtype, "sha256": digest, "from": sources, "ops": ops}
 
 
-def _source_files(source: Identity) -> list[Path]:
+def _source_files(source: Identity) -> dict[str, Path]:
     """The files that hold the source's tensors, and the one beside them that its config was read from."""
     folder = source.checkpoint.folder
     if folder is None:
-        return []
+        return {}
     names = {info.file for info in source.checkpoint.tensors.values() if info.file} | {source.config_source}
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+    return {name: folder / name for name in sorted(names) if (folder / name).is_file()}
 
 
 def _parity(source: Identity, result: Identity, dtype: str, wanted: bool | None) -> dict[str, Any]:

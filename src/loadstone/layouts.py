@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .certificate import Recorder
 from .checkpoint.base import Array, Checkpoint
 from .checkpoint.links import leads_out
 from .checkpoint.streaming import Progress, stored_nbytes
 from .checkpoint.wording import few, size_text
 from .config import GPTConfig
 from .errors import ConfigError, LoadstoneError, TokenizerError
-from .weightmap import Identity
+from .weightmap import Identity, Translated
 
 if TYPE_CHECKING:
     from .checkpoint.write_gguf import Types
@@ -53,7 +52,7 @@ class Job:
     """
 
     identity: Identity
-    tensors: Recorder
+    tensors: Translated
     tokenizer: Tokenizer | None
     dtype: str = "keep"
     shard_size: int | None = None

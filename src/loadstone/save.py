@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .certificate import Recorder, describe_files
 from .checkpoint import proof
 from .config import GPTConfig
 from .config.to_hf import to_hf
 from .convert import HEADROOM, destination_for, element_type, fill, may_replace, opened
 from .errors import ConfigError
+from .hashing import describe_files
 from .layouts import LAYOUTS, Job
 from .weightmap import Translated, table_for
 
@@ -49,10 +49,10 @@ def save_model(
     identity, path = opened(model, {}), Path(destination)
     to = "hf" if _hf_can_say(identity.config) else "loadstone"
     translated = Translated(identity, table_for(identity.config.architecture, to), element_type(dtype, to))
-    job = Job(identity, Recorder(translated), tokenizer, dtype)
+    job = Job(identity, translated, tokenizer, dtype)
     may_replace(path, identity.checkpoint, LAYOUTS[to], force)
     with destination_for(path, LAYOUTS[to], LAYOUTS[to].nbytes(job) + HEADROOM) as places:
-        fill(path, places, job, translated, to)
+        fill(path, places, job, to)
         if beside:
             beside(places[0])
             _list_new_files(*places)

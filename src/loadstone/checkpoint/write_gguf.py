@@ -10,13 +10,14 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import LoadstoneError
 from .base import DTYPES, Array, Checkpoint, TensorInfo
+from .streaming import Output, chunks
 from .wording import shown
 
 Types = Callable[[str, TensorInfo], str]
@@ -95,15 +96,18 @@ def write_gguf(
     sizes = {name: _nbytes(name, info, type_name) for name, (info, type_name) in plan.items()}
     alignment = _write_header(path, _with_types(metadata, plan, sizes), plan, sizes)
     done, total = 0, sum(sizes.values())
-    with path.open("ab") as file:
-        _pad(file, alignment)
+    with Output(path, append=True) as output:
+        output.pad(alignment)
         for name, (_, type_name) in plan.items():
             given = encoded.get(name, extra.get(name))
-            for piece in _pieces(source.read(name) if given is None else given):
-                done += file.write(piece.tobytes() if name in encoded else _encoded(piece, type_name, name))
+            array = source.read(name) if given is None else given
+            as_it_is = name in encoded or array.dtype == PLAIN.get(type_name)
+            for piece in chunks(array) if as_it_is else _encoded(array, type_name, name):
+                output.write(piece)
+                done += len(piece)
                 if progress:
                     progress(done, total)
-            _pad(file, alignment)
+            output.pad(alignment)
 
 
 def planned_nbytes(source: Checkpoint, types: Types) -> int:
@@ -233,11 +237,13 @@ def _pieces(array: Array) -> Iterator[Array]:
         yield rows[start : start + step]
 
 
-def _encoded(piece: Array, type_name: str, name: str) -> bytes | memoryview:
-    """The bytes of some rows. Raises LoadstoneError if a value does not fit the type."""
+def _encoded(array: Array, type_name: str, name: str) -> Iterator[bytes]:
+    """The bytes in another type, some rows at a time. Raises LoadstoneError if a value does not fit it."""
+    return (_encoded_rows(piece, type_name, name) for piece in _pieces(array))
+
+
+def _encoded_rows(piece: Array, type_name: str, name: str) -> bytes:
     if type_name in PLAIN:
-        if piece.dtype == PLAIN[type_name]:
-            return np.ascontiguousarray(piece).data.cast("B") if piece.dtype.isbuiltin == 1 else piece.tobytes()
         with np.errstate(over="ignore", invalid="ignore"):
             cast = piece.astype(PLAIN[type_name])
         if np.isinf(cast).any() and not np.isinf(piece).any():
@@ -258,7 +264,3 @@ def _beyond(name: str, type_name: str) -> LoadstoneError:
     return LoadstoneError(
         f"tensor {shown(name)} holds values that {type_name} cannot (too large, or not a number). Choose float32."
     )
-
-
-def _pad(file: IO[bytes], alignment: int) -> None:
-    file.write(b"\0" * (-file.tell() % alignment))

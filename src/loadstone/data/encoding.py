@@ -1,4 +1,4 @@
-"""Documents to ids: cut into pieces, a few million characters at a time, on all cores, in order."""
+"""Documents to ids: cut into pieces, millions of characters at a time, on all cores, in order; see `tokenizer.fast`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import TokenizerError
 from ..tokenizer import Tokenizer
 from ..tokenizer.base import refusing
+from ..tokenizer.fast import WORTH, FastEncoder, fast_encoder
 from ..tokenizer.gguf_vocab import CUTS
 from ..tokenizer.parts import Parts
 from .corpus import Document
@@ -90,6 +92,7 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
         self._end = np.array(tokenizer.eos_ids[:1], dtype)
+        self._characters = 0
 
     def __call__(self, group: list[Piece]) -> list[tuple[Piece, NDArray[Any]]]:
         try:
@@ -98,8 +101,16 @@ class _Encoder:
             raise self._refusal(group, error) from None
         return [(p, np.append(own, self._end) if p.last else own) for p, own in zip(group, ids, strict=True)]
 
-    def _encode(self, texts: list[str]) -> Iterator[list[int]]:
+    @cached_property
+    def _fast(self) -> FastEncoder | None:
+        return fast_encoder(self._tokenizer)
+
+    def _encode(self, texts: list[str]) -> Iterator[list[int] | NDArray[Any]]:
         """As Tokenizer.encode(text, add_special=False) of each, on all cores: what looks like a token is plain text."""
+        self._characters += sum(map(len, texts))
+        if self._characters >= WORTH and self._fast:
+            yield from self._fast(texts)
+            return
         backend = self._tokenizer.backend
         with refusing(self._tokenizer.source, "the text could not be encoded"), self._tokenizer._lock:
             backend.encode_special_tokens = True

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..certificate import hash_file
 from ..checkpoint import open_checkpoint
 from ..checkpoint.atomic import atomic_folder
 from ..checkpoint.base import Array
@@ -27,6 +26,7 @@ from ..checkpoint.wording import few, shown
 from ..checkpoint.write_safetensors import write_safetensors_file
 from ..config import GPTConfig
 from ..errors import FormatError, LoadstoneError
+from ..hashing import hash_file
 from ..load import ModuleCheckpoint, to_tensor
 from ..model import GPT
 from . import peft, record

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from .. import certificate
-from ..certificate import hash_tensor
 from ..checkpoint import open_checkpoint, proof
 from ..checkpoint.base import DTYPES, Array, Checkpoint, TensorInfo
 from ..checkpoint.hub import resolve
 from ..checkpoint.wording import few, shown
 from ..checkpoint.write_safetensors import write_safetensors
 from ..errors import ConfigError, FormatError
+from ..hashing import describe_files, hash_tensor
 from ..load import ModuleCheckpoint, load_model, load_tokenizer_for, open_source, to_tensor
 from ..model import GPT
 from ..save import save_model
@@ -140,7 +140,7 @@ def _certify(folder: Path, labels: Sequence[str]) -> None:
     values["counts"] = {key: values["counts"][key] + more for key, more in (("parameters", score.size), ("tensors", 1))}
     values["labels"] = list(labels)
     files = [file for file in folder.iterdir() if file.name != proof.NAME]
-    values["written"]["files"] = certificate.describe_files(files, folder)
+    values["written"]["files"] = describe_files(files, folder)
     proof.write(values, folder / proof.NAME)
     if failed := [check.detail for check in certificate.check(folder) if not check.ok]:
         raise FormatError(folder, f"what was read back is not what was written: {few(failed)}.", "Check the disk.")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..certificate import Recorder
 from ..checkpoint import open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..checkpoint.base import Array, Checkpoint
@@ -49,11 +48,11 @@ def write_quantised(
 
     Raises a LoadstoneError if it cannot be written; then nothing was changed.
     """
-    job, translated = _job(model, quantised, tokenizer, source)
+    job = _job(model, quantised, tokenizer, source)
     path, layout = folder / FILE, LAYOUTS["gguf"]
     may_replace(path, job.identity.checkpoint, layout, force)
     with destination_for(path, layout, layout.nbytes(job) + HEADROOM) as places:
-        certificate = fill(path, places, job, translated, "gguf")
+        certificate = fill(path, places, job, "gguf")
         _require_same(places[0], model)
         if tokenizer and "tokenizer.ggml.tokens" not in open_checkpoint(places[0]).metadata:
             _write_tokenizer(tokenizer, folder)
@@ -92,11 +91,10 @@ def _require_same(file: Path, model: GPT) -> None:
         raise LoadstoneError(f"{file}: what was read back is not the model that was evaluated: {few(wrong)}.")
 
 
-def _job(model: GPT, quantised: Quantised, tokenizer: Tokenizer | None, source: Path) -> tuple[Job, Translated]:
+def _job(model: GPT, quantised: Quantised, tokenizer: Tokenizer | None, source: Path) -> Job:
     identity = opened(model, {})
     identity.checkpoint.path = source
     table = table_for(model.config.architecture, "gguf")
-    translated = Translated(identity, table)
     types: dict[str, str] = {}
     encoded: dict[str, Array] = {}
     for rule in table.needed(model.config, parameter_shapes(model.config)):
@@ -108,4 +106,4 @@ def _job(model: GPT, quantised: Quantised, tokenizer: Tokenizer | None, source: 
             types[name] = parts[0].kind.name  # type: ignore[union-attr]
         elif set(rule.target) <= {*quantised.halves}:
             types[name] = "F16"
-    return Job(identity, Recorder(translated), tokenizer, types=types, encoded=encoded), translated
+    return Job(identity, Translated(identity, table), tokenizer, types=types, encoded=encoded)
