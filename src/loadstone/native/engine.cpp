@@ -220,18 +220,15 @@ API int64_t ls_cache_bytes(const Cache* cache) { return int64_t(cache->bytes); }
 
 // The first tokens of one row over those of another: of each head, whole panels of keys and the beginnings of values'.
 API int ls_cache_copy(const Engine* e, Cache* cache, int source, int target, int tokens) {
-    const Config& c = e->config;
     const auto is_row = [&](int row) { return row >= 0 && row < cache->rows; };
     if (!is_row(source) || !is_row(target) || source == target || tokens < 0 || tokens > cache->slots) return EINVAL;
-    const size_t heads = size_t(c.layers) * size_t(c.kv_heads), row = heads * 2 * cache->head_bytes;
-    const size_t stride = panel_bytes(cache->type, size_t(cache->slots));
-    for (size_t i = 0; i < heads; i++) {
-        const uint8_t* from = cache->data + size_t(source) * row + i * 2 * cache->head_bytes;
-        uint8_t* to = cache->data + size_t(target) * row + i * 2 * cache->head_bytes;
-        memcpy(to, from, size_t(padded(tokens) / LANES) * panel_bytes(cache->type, size_t(c.head_dim)));
-        from += cache->head_bytes, to += cache->head_bytes;
-        for (int panel = 0; panel < padded(c.head_dim) / LANES; panel++, from += stride, to += stride)
-            memcpy(to, from, panel_bytes(cache->type, size_t(tokens)));
+    const size_t head = 2 * cache->head_bytes, row = size_t(e->config.layers) * size_t(e->config.kv_heads) * head;
+    const size_t keys = size_t(padded(tokens) / LANES) * panel_bytes(cache->type, size_t(e->config.head_dim));
+    uint8_t *from = cache->data + size_t(source) * row, *to = cache->data + size_t(target) * row;
+    for (uint8_t* end = from + row; from < end; from += head, to += head) {
+        memcpy(to, from, keys);
+        for (size_t at = head / 2; at < head; at += panel_bytes(cache->type, size_t(cache->slots)))
+            memcpy(to + at, from + at, panel_bytes(cache->type, size_t(tokens)));
     }
     return 0;
 }
