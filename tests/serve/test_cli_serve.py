@@ -87,7 +87,7 @@ def test_sigterm_ends_it_when_the_running_answer_is_whole(folder: Path, tmp_path
     (tmp_path / "key").write_text("  sesame \nnot this\n")
     options = ("--api-key-file", tmp_path / "key", "--rows", 3)
     with running(f"mine={folder}", *options, LOADSTONE_API_KEY="other") as server:
-        assert re.search(r"mine: gpt2, [\d,]+ parameters, NOT verified; engine \w+, 3 rows of 3,000 tokens, [\d.]+ MB", server.said)
+        assert re.search(r"mine: gpt2, [\d,]+ parameters, NOT verified; engine \w+, 3 rows of 3,000 tok", server.said)
         with server.post(LONG, "other") as wrong:
             assert wrong.status_code == 401
         with requests.Session() as idle, server.post(LONG, "sesame") as answer:

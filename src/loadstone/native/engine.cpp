@@ -223,10 +223,9 @@ API int ls_cache_copy(const Engine* e, Cache* cache, int source, int target, int
     const auto is_row = [&](int row) { return row >= 0 && row < cache->rows; };
     if (!is_row(source) || !is_row(target) || source == target || tokens < 0 || tokens > cache->slots) return EINVAL;
     const size_t head = 2 * cache->head_bytes, row = size_t(e->config.layers) * size_t(e->config.kv_heads) * head;
-    const size_t keys = size_t(padded(tokens) / LANES) * panel_bytes(cache->type, size_t(e->config.head_dim));
     uint8_t *from = cache->data + size_t(source) * row, *to = cache->data + size_t(target) * row;
     for (uint8_t* end = from + row; from < end; from += head, to += head) {
-        memcpy(to, from, keys);
+        memcpy(to, from, size_t(padded(tokens) / LANES) * panel_bytes(cache->type, size_t(e->config.head_dim)));
         for (size_t at = head / 2; at < head; at += panel_bytes(cache->type, size_t(cache->slots)))
             memcpy(to + at, from + at, panel_bytes(cache->type, size_t(tokens)));
     }

@@ -147,8 +147,7 @@ static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = total[p][t];
 }
 
-// The same with groups of integers: exact within a group, float32 across groups. The registers hold the integers of one
-// group; c stays in memory.
+// The same with groups of integers, exact within a group. Registers hold the integers of one group, memory c.
 template <class In, int P, int T>
 static ALWAYS void multiply_groups(const uint8_t* w, size_t stride, const Acts& a, size_t first, size_t groups,
                                    v16 (&c)[P][T]) {
