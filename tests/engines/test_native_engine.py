@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from conftest import Run
 from loadstone.engines import Engine, open_engine, start_engine
-from loadstone.errors import LoadstoneError
 from loadstone.generate import Session, generate
 from loadstone.load import load_model, open_source
-from loadstone.native import missing
+from loadstone.native import NativeEngine, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
 
@@ -42,9 +40,18 @@ def test_the_command_line(run: Run) -> None:
     assert out.startswith("It was")
 
 
-def test_what_it_does_not_do_is_refused(run: Run, tmp_path: Path) -> None:
+def test_what_it_does_not_do_is_refused(run: Run) -> None:
     status, _, error = run("generate", "tiny", "It was", "--engine", "native", "--dtype", "float64")
     assert status == 2
     assert "computes in float32 and bfloat16 and float16 and q8 and q4 only" in re.sub(r"\s+", " ", error)
-    with pytest.raises(LoadstoneError, match="packs weights from their file"):
-        start_engine("native", load_model(open_source("tiny"), dtype="float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_runs_its_self_test_on_it(run: Run, dtype: str) -> None:
+    status, out, _ = run("verify", "tiny", "--engine", "native", "--dtype", dtype)
+    assert status == 0
+    assert f"engine native on cpu in {dtype}: equals CPU float32 at 16 lengths" in out
+    engine = start_engine("native", load_model(open_source("tiny"), dtype="float32"))
+    assert isinstance(engine, NativeEngine)
+    weights = engine.weight_row("tok_emb.weight", 5)[: engine.config.d_model]
+    assert (weights == load_model(open_source("tiny"), dtype="float32").tok_emb.weight[5].detach().numpy()).all()

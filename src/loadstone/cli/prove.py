@@ -27,8 +27,8 @@ def verify(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Compare this way of running the model (an engine: torch, compile, max; or eager, cached, batched), "
-            "with the given --device and --dtype, with float32 on the CPU."
+            help="Compare this way of running the model (an engine: torch, compile, max, native; or eager, cached, "
+            "batched), with the given --device and --dtype, with float32 on the CPU."
         ),
     ] = None,
     self_test: Annotated[bool, typer.Option("--self-test", help="The same, with --engine eager if none is given.")] = (

@@ -110,11 +110,11 @@ def start_engine(name: str, model: GPT) -> Engine:
     """The model on an engine. Raises LoadstoneError if that is missing, or cannot run this model."""
     weight = model.tok_emb.weight
     kind = require_engine(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
-    if kind.from_source:
-        raise LoadstoneError(
-            f"engine {name} packs weights from their file: start it with `open_engine`, not with a model."
-        )
-    return _started(kind, model)
+    if not kind.from_source:
+        return _started(kind, model)
+    from ..load import open_source
+
+    return _started(kind, open_source(model), "auto")  # a live model is a source too
 
 
 def open_engine(name: str, identity: Identity, dtype: str = "auto") -> Engine:
