@@ -15,7 +15,8 @@ def polite_signals(*, insist: bool = True) -> Iterator[list[int]]:
 
     Args:
         insist: a second one is not polite. Not where torchrun passes them on: it may do so twice, and gives the
-            processes 30 seconds whatever happens.
+            processes 30 seconds whatever happens. There an error goes on collecting: torchrun ends the others of a
+            process that is gone, and the one that lost it has to say so first.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -32,6 +33,10 @@ def polite_signals(*, insist: bool = True) -> Iterator[list[int]]:
         signal.signal(number, remember)
     try:
         yield asked
+    except BaseException:
+        if not insist:
+            before = {}
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
