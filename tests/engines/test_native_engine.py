@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from conftest import Run
 from loadstone.engines import Engine, open_engine, start_engine
@@ -55,3 +56,17 @@ def test_verify_runs_its_self_test_on_it(run: Run, dtype: str) -> None:
     assert isinstance(engine, NativeEngine)
     weights = engine.weight_row("tok_emb.weight", 5)[: engine.config.d_model]
     assert (weights == load_model(open_source("tiny"), dtype="float32").tok_emb.weight[5].detach().numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_was_changed_in_place_is_packed_as_it_is_and_left_as_it_is(dtype: str) -> None:
+    model = load_model(open_source("tiny"), dtype=dtype)  # views of the file, copied where they are written
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = start_engine("native", model)
+    assert isinstance(engine, NativeEngine)
+    row = torch.from_numpy(engine.weight_row("blocks.0.mlp.up.weight", 3)[: model.config.d_model])
+    assert torch.equal(row, before["blocks.0.mlp.up.weight"][3].float())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
