@@ -36,23 +36,24 @@ struct Attention : Worker {
                 rotate(k, token);
                 for (int g = 0; g < group; g++) rotate(e.q + size_t(token) * width + (h * group + g) * D, token);
             }
-            uint8_t* to = keys(at.row, layer, h);
-            for (int d = 0; d < D; d++) {
-                put_number(to, at.start, D, d, k[d]);
-                put_number(to + call.cache->head_bytes, d, call.cache->slots, at.start, v[d]);
-            }
+            put(keys(at.row, layer, h), at.start, k, v);
         });
         e.team.barrier();
     }
 
-    // Into panels of 16 rows of `steps` steps.
-    ALWAYS void put_number(uint8_t* to, int row, int steps, int step, float x) const {
-        to += row / LANES * panel_bytes(call.cache->type, steps) + row % LANES * 4;
-        if (call.cache->type == BF16) {
-            const uint16_t bits = uint16_t(to_bf16(x));
-            memcpy(to + size_t(step / 2) * 64 + step % 2 * 2, &bits, 2);
-        } else {
-            memcpy(to + size_t(step) * 64, &x, 4);
+    // A key is a lane of a panel, as a token is of a tile; a value is a step of panels.
+    void put(uint8_t* to, int slot, const float* k, const float* v) const {
+        const bool narrow = call.cache->type == BF16;
+        uint8_t* panel = to + slot / LANES * panel_bytes(call.cache->type, size_t(D));
+        Acts acts = {reinterpret_cast<float*>(panel), reinterpret_cast<int32_t*>(panel), nullptr, nullptr, nullptr};
+        put_token(acts, k, 0, LANES, slot % LANES, D, narrow ? AS_BF16 : AS_F32);
+        to += call.cache->head_bytes + (narrow ? slot / 2 * 64 + slot % 2 * 2 : slot * 64);
+        for (int d = 0; d < D; d += LANES, to += panel_bytes(call.cache->type, size_t(call.cache->slots))) {
+            const int count = least(D - d, LANES);
+            uint16_t halves[LANES];
+            if (narrow) put_bf16(halves, v + d, count);
+            for (int i = 0; i < count && narrow; i++) memcpy(to + i * 4, halves + i, 2);
+            if (!narrow) memcpy(to, v + d, size_t(count) * sizeof(float));
         }
     }
 

@@ -115,7 +115,7 @@ static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int 
 }
 
 // One token into the forms that products will read: the t-th of the tile of T tokens that begins at `token`.
-static void put_token(Acts& a, const float* row, size_t token, int T, int t, int cols, int forms) {
+static ALWAYS void put_token(Acts& a, const float* row, size_t token, int T, int t, int cols, int forms) {
     if (forms & AS_F32) {
         float* to = a.f32 + token * cols + t;
         for (int k = 0; k < cols; k++) to[size_t(k) * T] = row[k];
@@ -123,28 +123,38 @@ static void put_token(Acts& a, const float* row, size_t token, int T, int t, int
     if (forms & AS_BF16) {
         const int pairs = Pairs::steps(cols);
         int32_t* to = a.bf16 + token * pairs + t;
-        for (int i = 0; i < pairs; i++)
-            to[size_t(i) * T] = int32_t(to_bf16(row[2 * i]) | (2 * i + 1 < cols ? to_bf16(row[2 * i + 1]) << 16 : 0));
+        for (int i = 0; i < pairs; i += LANES / 2) {
+            int32_t some[LANES / 2];
+            put_bf16(some, row + 2 * i, least(cols - 2 * i, LANES));
+            for (int j = 0; j < least(pairs - i, LANES / 2); j++) to[size_t(i + j) * T] = some[j];
+        }
     }
     if (forms & AS_I8) quantise(a, row, token, T, t, cols);
 }
 
 // ---- products ----
 
-// c[p][t] = sum over k of panel p's step k times x[k * KS + t * TS].
+// c[p][t] = sum over k of panel p's step k times x[k * KS + t * TS]. One token's sum would wait for itself at each
+// step, so it is four; not in float32, where memory is slower still.
 template <class In, int P, int T, int KS, int TS>
 static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::Number* x, int steps, v16 (&c)[P][T]) {
-    v16 total[P][T] = {};
-#pragma GCC unroll 2
-    for (int k = 0; k < steps; k++) {
+    constexpr int SUMS = P * T == 1 && !std::is_same_v<In, InF32> ? 4 : 1;
+    v16 total[SUMS][P][T] = {};
+    const auto step = [&](v16(&sums)[P][T], int k) {
         decltype(In::step(w, 0)) wk[P];
         UNROLL for (int p = 0; p < P; p++) wk[p] = In::step(w + p * stride, size_t(k));
         UNROLL for (int t = 0; t < T; t++) {
             const auto xk = splat(x[size_t(k) * KS + t * TS]);
-            UNROLL for (int p = 0; p < P; p++) total[p][t] = In::add(total[p][t], wk[p], xk);
+            UNROLL for (int p = 0; p < P; p++) sums[p][t] = In::add(sums[p][t], wk[p], xk);
         }
+    };
+    int k = 0;
+    for (; k + SUMS <= steps; k += SUMS) UNROLL for (int i = 0; i < SUMS; i++) step(total[i], k + i);
+    for (; k < steps; k++) step(total[0], k);
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) {
+        c[p][t] = total[0][p][t];
+        UNROLL for (int i = 1; i < SUMS; i++) c[p][t] += total[i][p][t];
     }
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = total[p][t];
 }
 
 // The same with groups of integers, exact within a group. Registers hold the integers of one group, memory c.
@@ -224,8 +234,6 @@ static ALWAYS void in_tiles(int n_tokens, Work work) {
 }
 
 // ---- what threads share ----
-
-static ALWAYS int least(int a, int b) { return a < b ? a : b; }
 
 // Calls work(item) for items that no other thread has, until all are taken.
 template <class Work>

@@ -32,6 +32,7 @@ static ALWAYS void store(void* p, v16 x) { *static_cast<v16u*>(p) = x; }
 static ALWAYS void store_short(void* p, h16 x) { *static_cast<h16u*>(p) = x; }
 static ALWAYS v16 splat(float x) { return x - v16{}; }  // x + 0 would be an addition, for the sake of -0
 static ALWAYS i16 splat(int32_t x) { return i16{} + x; }
+static ALWAYS int least(int a, int b) { return a < b ? a : b; }
 static ALWAYS v16 larger(v16 a, v16 b) { return a > b ? a : b; }
 static ALWAYS v16 smaller(v16 a, v16 b) { return a < b ? a : b; }
 static ALWAYS v16 absolute(v16 x) { return (v16)((i16)x & 0x7fffffff); }
@@ -126,15 +127,16 @@ constexpr bool BF16_DOT = false;
 static ALWAYS v16 dot_bf16(v16 sum, i16, i16) { return sum; }  // only named where BF16_DOT is false, never called
 #endif
 
-// To bfloat16, to the nearest, ties to even: of one number, and of each lane.
-static ALWAYS uint32_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
+// To bfloat16, to the nearest, ties to even: of each lane, and of up to 16 numbers that lie together, then zeros.
 static ALWAYS i16 to_bf16(v16 x) {
     const i16 bits = (i16)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
     return x == x ? rounded : splat(0x7fc0);
+}
+static ALWAYS void put_bf16(void* to, const float* from, int count) {
+    v16 x = {};
+    if (count == LANES) x = load(from);
+    else memcpy(&x, from, size_t(count) * sizeof(float));
+    store_short(to, __builtin_convertvector(to_bf16(x), h16));
 }
 
 // ---- elementary functions, to some 1e-7 ----
