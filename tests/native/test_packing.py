@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,7 @@ from gguf.quants import dequantize, quantize
 
 from loadstone.load import load, open_source, parameters
 from loadstone.native import available, levels, open_native
+from loadstone.native.library import Packing, library
 from loadstone.native.packing import has_own_mapping
 from loadstone.save import save_model
 from native_models import GPT2, MODELS, engine_of, ids_of, model_of
@@ -48,11 +51,12 @@ def test_quantised_rows_lie_within_half_a_step(level: str) -> None:
     groups = np.pad(weight, ((0, 0), (0, 16))).reshape(len(weight), 3, 32)
     step = (np.abs(groups).max(-1) / 127).repeat(32, -1)[:, :80]
     assert (np.abs(packed - weight) <= 0.51 * step + 1e-9).all()
-    # 4 bits: no worse than ggml's Q4_0, by the sum of squares
+    # 4 bits: ggml's Q4_0, but that q is chosen for the scale as it is stored
     weight, packed = rows_of(engine_of(model, "q4", level=level), model)
     whole = weight[:, :64].copy()
     ggml = dequantize(quantize(whole, gguf.GGMLQuantizationType.Q4_0), gguf.GGMLQuantizationType.Q4_0)
-    assert ((packed[:, :64] - whole) ** 2).sum() < 0.95 * ((ggml - whole) ** 2).sum()
+    assert (packed[:, :64] == ggml).mean() > 0.99
+    assert ((packed[:, :64] - whole) ** 2).sum() <= 1.0001 * ((ggml - whole) ** 2).sum()
     assert not packed[3].any()
 
 
@@ -85,6 +89,23 @@ def test_tensors_that_are_mapped_and_given_back_while_they_are_read(dtype: str, 
         for threads in (1, 3):
             np.testing.assert_array_equal(open_native(identity, width=width, threads=threads).scores(ids), want)
     np.testing.assert_array_equal(arrays["tok_emb.weight"], dict(parameters(identity))["tok_emb.weight"])
+
+
+def test_pages_behind_a_source_are_left_alone() -> None:
+    """The last of some views of one tensor (as v is of a fused c_attn) ends before its last row's stride does."""
+    width, page = 160, 4096
+    model = model_of(GPT2 | {"d_model": width, "n_heads": 5})
+    engine = engine_of(model, "float32")
+    # Given back, its pages read as zeros.
+    region = mmap.mmap(-1, 2**22, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region[:] = b"\x7f" * len(region)
+    end, parts = 2**21, 16  # a tensor that ends with a page
+    fused = np.frombuffer(region, "<f4", parts * width**2, end - parts * width**2 * 4).reshape(width, parts * width)
+    v = fused[:, -width:].T
+    work = Packing(v.ctypes.data, *v.strides, 2, 0, 0, width, 1)
+    assert library().ls_pack(engine.handle, ctypes.byref(work), 1) == 0
+    assert region[end:] == b"\x7f" * (len(region) - end)
+    assert region[end - 2 * page : end - page] == bytes(page)  # given back
 
 
 def test_what_others_may_have_written_to_keeps_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

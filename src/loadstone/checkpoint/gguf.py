@@ -281,7 +281,7 @@ class _Header:
 
     def _name(self) -> str:
         try:
-            return self._raw_strings(1)[0].decode()
+            return self._texts(1, "strict")[0]
         except UnicodeDecodeError:
             raise self._bad(f"the name of {self._what} is not UTF-8.") from None
 
@@ -307,21 +307,22 @@ class _Header:
         return numbers
 
     def _strings(self, count: int) -> list[str]:
-        raw = self._raw_strings(count)
+        begin = self.at
         try:
-            return [text.decode() for text in raw]
+            return self._texts(count, "strict")
         except UnicodeDecodeError:
+            self.at = begin
             self.notes.append(f"{self._what} has strings that are not UTF-8; their bytes are kept as surrogate escapes")
-            return [text.decode("utf-8", "surrogateescape") for text in raw]
+            return self._texts(count, "surrogateescape")
 
-    def _raw_strings(self, count: int) -> list[bytes]:
+    def _texts(self, count: int, errors: str) -> list[str]:
         """The hot loop of opening: a vocabulary has some 100 000 strings."""
         data, at, end, unpack = self.data, self.at, self.end, _U64.unpack_from
-        raw = []
+        texts = []
         for _ in range(count):
             begin = at + 8
             if begin > end or (at := begin + unpack(data, at)[0]) > end:
                 self._need(end)  # raises
-            raw.append(data[begin:at])
+            texts.append(str(data[begin:at], "utf-8", errors))
         self.at = at
-        return raw
+        return texts

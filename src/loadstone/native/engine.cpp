@@ -96,6 +96,31 @@ static size_t vector_length(const Config& c, int slot) {
     return slot < c.layers * VECTORS ? size_t(lengths[slot % VECTORS]) : others[slot - c.layers * VECTORS];
 }
 
+static size_t longest(const Config& c) {
+    const int inner = c.d_model > c.d_ff ? c.d_model : c.d_ff, q = c.heads * c.head_dim;
+    return (size_t(inner > q ? inner : q) + GROUP - 1) / GROUP * GROUP;
+}
+
+static Acts acts(Pieces& pieces, size_t tokens, size_t length) {
+    const size_t n = tokens * length;
+    return {pieces.take<float>(n), pieces.take<int32_t>(n / 2), pieces.take<int32_t>(n / 4),
+            pieces.take<float>(n / GROUP), pieces.take<int32_t>(n / GROUP)};
+}
+
+// Finds the place of a call's tokens, so close together that few tokens touch few pages. Returns where they end.
+static size_t lay_out_tokens(Engine& e, size_t tokens) {
+    const Config& c = e.config;
+    Pieces pieces{e.memory, e.scratch};
+    const size_t q = size_t(padded(c.heads * c.head_dim)), kv = size_t(padded(c.kv_heads * c.head_dim));
+    e.x = pieces.take<float>(tokens * size_t(padded(c.d_model)));
+    e.hidden = pieces.take<float>(tokens * size_t(padded(c.d_ff)));
+    e.q = pieces.take<float>(tokens * q), e.attended = pieces.take<float>(tokens * q);
+    e.k = pieces.take<float>(tokens * kv), e.v = pieces.take<float>(tokens * kv);
+    e.angles = pieces.take<float>(tokens * size_t(c.rope_dims));
+    e.acts = acts(pieces, tokens, longest(c));
+    return pieces.used;
+}
+
 // Finds the place of everything in the engine's memory; without memory it only counts.
 static void lay_out(Engine& e, const int32_t* types) {
     const Config& c = e.config;
@@ -112,24 +137,12 @@ static void lay_out(Engine& e, const int32_t* types) {
         float* vector = pieces.take<float>((vector_length(c, i) + LANES - 1) / LANES * LANES);
         if (e.memory) e.vectors[i] = vector;
     }
-    const size_t q = size_t(padded(c.heads * c.head_dim)), kv = size_t(padded(c.kv_heads * c.head_dim));
-    const size_t model = size_t(padded(c.d_model)), inner = size_t(padded(c.d_ff)), head = size_t(padded(c.head_dim));
-    size_t longest = model > inner ? model : inner;
-    longest = ((longest > q ? longest : q) + GROUP - 1) / GROUP * GROUP;
-    const auto acts = [&](size_t tokens, size_t length) {
-        const size_t n = tokens * length;
-        return Acts{pieces.take<float>(n), pieces.take<int32_t>(n / 2), pieces.take<int32_t>(n / 4),
-                    pieces.take<float>(n / GROUP), pieces.take<int32_t>(n / GROUP)};
-    };
-    e.x = pieces.take<float>(CHUNK * model), e.hidden = pieces.take<float>(CHUNK * inner);
-    e.q = pieces.take<float>(CHUNK * q), e.attended = pieces.take<float>(CHUNK * q);
-    e.k = pieces.take<float>(CHUNK * kv), e.v = pieces.take<float>(CHUNK * kv);
-    e.angles = pieces.take<float>(CHUNK * size_t(c.rope_dims));
-    e.acts = acts(CHUNK, longest);
+    const size_t most = longest(c), head = size_t(padded(c.head_dim));
     for (int i = 0; i < e.team.size; i++)
-        e.own[i] = {acts(1, longest), acts(WIDEST, head), pieces.take<float>(longest),
+        e.own[i] = {acts(pieces, 1, most), acts(pieces, WIDEST, head), pieces.take<float>(most),
                     pieces.take<float>(size_t(WIDEST) * SLOTS), pieces.take<float>(WIDEST * head)};
-    e.bytes = pieces.used;
+    e.scratch = pieces.used;
+    e.bytes = lay_out_tokens(e, CHUNK);
 }
 
 static void destroy(Engine* e) {
@@ -258,6 +271,7 @@ API int ls_run(Engine* e, Cache* cache, const int32_t* tokens, int n, const int3
         call.n_tokens += count, done += count;
         if (done == counts[i]) i++, done = 0;
         if (call.n_tokens < CHUNK && i < n) continue;
+        lay_out_tokens(*e, size_t(call.n_tokens));
         run(*e, e->level->forward, &call);
         call.tokens += call.n_tokens, call.logits += size_t(call.n_wanted) * size_t(c.vocab);
         call.n_tokens = call.n_spans = call.n_wanted = 0;

@@ -155,7 +155,7 @@ struct Engine {
     Config config;
     const Level* level;
     uint8_t* memory;  // all matrices, in the order of use, then everything else
-    size_t bytes, packed_bytes;
+    size_t bytes, packed_bytes, scratch;  // scratch: where that of a call's tokens begins
     Matrix* matrices;  // MATRICES a layer, then head and embedding
     float** vectors;   // VECTORS a layer, then OTHERS; zeros where there is none
     float *x, *q, *k, *v, *attended, *hidden, *angles;  // of a call's tokens, rows padded to whole vectors

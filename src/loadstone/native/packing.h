@@ -9,20 +9,22 @@ struct Packer {
     const Matrix& m;
     const bool blocks = work.kind >= FROM_Q8_0;
     const int size = work.kind == FROM_F32 ? 4 : 2;  // bytes of a number
+    const int header = work.kind == FROM_Q4_1 ? 4 : 2, words = work.kind == FROM_Q8_0 ? 8 : 4;  // bytes, words of a block
     const bool across = !blocks && work.row_stride == size;  // 16 rows of a column lie together
     const int panels = (work.rows + LANES - 1) / LANES, groups = (m.cols + GROUP - 1) / GROUP;
 
-    // A thread takes rows, or columns, that lie together in the source.
-    static constexpr int TAKE = 8;  // panels or groups
-    int items() const { return ((across ? groups : panels) + TAKE - 1) / TAKE; }
+    // A thread takes rows, or columns, that lie together in the source: some 512 KB, as its pages stay till it is done.
+    const int64_t stride = across ? work.col_stride * GROUP : work.row_stride * LANES;
+    const int take = 1 + int((1 << 19) / (stride > 0 ? stride : 1 << 19));  // panels or groups
+    int items() const { return ((across ? groups : panels) + take - 1) / take; }
 
     void item(int index) const {
-        const int begin = index * TAKE, end = least(begin + TAKE, across ? groups : panels);
+        const int begin = index * take, end = least(begin + take, across ? groups : panels);
         for (int panel = across ? 0 : begin; panel < (across ? panels : end); panel++)
             for (int g = across ? begin : 0; g < (across ? end : groups); g++) step(panel, g);
         if (!work.mapped) return;
-        const int64_t stride = across ? work.col_stride * GROUP : work.row_stride * LANES;
-        const int64_t whole = across ? work.col_stride * m.cols : work.row_stride * work.rows;
+        const int64_t row = blocks ? groups * (header + 4 * words) : (m.cols - 1) * work.col_stride + size;
+        const int64_t whole = (work.rows - 1) * work.row_stride + row;  // and no more, as other pages may follow
         give_back(work.source + begin * stride, work.source + (end * stride < whole ? end * stride : whole));
     }
 
@@ -96,9 +98,9 @@ struct Packer {
         for (int k = 1; k < GROUP; k++)
             low = smaller(low, load(x + k * LANES)), high = larger(high, load(x + k * LANES));
         const v16 most = absolute(low) > absolute(high) ? low : high;
-        const v16 scale = In::MINIMUM       ? (high - low) / float(In::LEVELS)
+        const v16 scale = In::MINIMUM      ? (high - low) / float(In::LEVELS)
                           : In::WORDS == 8 ? absolute(most) / 127.0f
-                                           : best_scale(x, most);
+                                           : most / -8.0f;  // ggml's rule: 16 levels, the largest number at the end
         store_short(to, to_half(scale));
         if (In::MINIMUM) store_short(to + 32, to_half(low));
         const v16 least = In::minimum(to), read = In::scale(to);  // as they will be read
@@ -116,28 +118,8 @@ struct Packer {
         return rounded(smaller(larger(x * inverse + float(offset), v16{}), splat(float(levels))));
     }
 
-    // Scale of (q - 8) * scale with the least squared error among some around the one that keeps the largest number:
-    // for given q the best scale is <q, x> / <q, q>, and what it explains of x is <q, x>^2 / <q, q>.
-    static v16 best_scale(const float* x, v16 most) {
-        v16 best = {}, explained = splat(-1.0f);
-        for (int step = -5; step <= 5; step++) {
-            const v16 inverse = most == v16{} ? v16{} : (-8 + 0.2f * float(step)) / most;
-            v16 qx = {}, qq = {};
-            for (int k = 0; k < GROUP; k++) {
-                const v16 y = load(x + k * LANES);
-                const v16 q = __builtin_convertvector(level(y, inverse, 8, 15), v16) - 8.0f;
-                qx += q * y, qq += q * q;
-            }
-            const v16 scale = qq > v16{} ? qx / qq : v16{};
-            const i16 better = scale * qx > explained;
-            explained = better ? scale * qx : explained, best = better ? scale : best;
-        }
-        return best;
-    }
-
     // ggml's blocks keep their bits: only their 4-byte words change places, and signed bytes become unsigned.
     void copy_blocks(const uint8_t* from, int g, int n, uint8_t* to) const {
-        const int words = work.kind == FROM_Q8_0 ? 8 : 4, header = work.kind == FROM_Q4_1 ? 4 : 2;
         const uint32_t flip = work.kind == FROM_Q8_0 ? 0x80808080 : 0;
         memset(to, 0, size_t(header) * LANES + size_t(words) * 64);
         for (int lane = 0; lane < n; lane++) {

@@ -18,12 +18,8 @@ struct Floats {
     static ALWAYS int steps(int cols) { return cols; }
     static ALWAYS v16 add(v16 sum, v16 w, v16 x) { return sum + w * x; }
 };
-struct InF32 : Floats {
-    static ALWAYS v16 step(const uint8_t* w, size_t k) { return load(w + k * 64); }
-};
-struct InF16 : Floats {
-    static ALWAYS v16 step(const uint8_t* w, size_t k) { return load_half(w + k * 32); }
-};
+struct InF32 : Floats { static ALWAYS v16 step(const uint8_t* w, size_t k) { return load(w + k * 64); } };
+struct InF16 : Floats { static ALWAYS v16 step(const uint8_t* w, size_t k) { return load_half(w + k * 32); } };
 struct InBF16 : Floats {
     static ALWAYS v16 step(const uint8_t* w, size_t k) {
         const i16 pair = load_int(w + k / 2 * 64);

@@ -47,12 +47,8 @@ static ALWAYS auto fold(Vector x, Op op) {
     return x[0];
 }
 template <class Vector>
-static ALWAYS auto sum(Vector x) {
-    return fold(x, [](Vector a, Vector b) { return a + b; });
-}
-static ALWAYS float largest(v16 x) {
-    return fold(x, [](v16 a, v16 b) { return larger(a, b); });
-}
+static ALWAYS auto sum(Vector x) { return fold(x, [](Vector a, Vector b) { return a + b; }); }
+static ALWAYS float largest(v16 x) { return fold(x, larger); }
 
 // ---- what differs between instruction sets ----
 
@@ -133,9 +129,8 @@ static ALWAYS i16 to_bf16(v16 x) {
     return x == x ? rounded : splat(0x7fc0);
 }
 static ALWAYS void put_bf16(void* to, const float* from, int count) {
-    v16 x = {};
-    if (count == LANES) x = load(from);
-    else memcpy(&x, from, size_t(count) * sizeof(float));
+    v16 x = count == LANES ? load(from) : v16{};
+    if (count < LANES) memcpy(&x, from, size_t(count) * sizeof(float));
     store_short(to, __builtin_convertvector(to_bf16(x), h16));
 }
 
