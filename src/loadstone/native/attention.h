@@ -138,7 +138,7 @@ struct Attention : Worker {
         for (int i = 0; i < panels; i++) {
             const v16 weight = exponential(load(scores + i * LANES) - high);
             if (In::FORM == AS_BF16)  // half as long, so nothing that is still to be read is overwritten
-                store_short(reinterpret_cast<h16u*>(scores) + i, __builtin_convertvector(to_bf16(weight), h16));
+                store_short(reinterpret_cast<h16u*>(scores) + i, to_short_bf16(weight));
             else
                 store(scores + i * LANES, weight);
             sums += weight;

@@ -105,8 +105,7 @@ struct Packer {
         if (In::MINIMUM) store_short(to + 32, to_half(low));
         const v16 least = In::minimum(to), read = In::scale(to);  // as they will be read
         const v16 inverse = read == v16{} ? v16{} : 1.0f / read;
-        uint8_t* quads = to + In::HEADER;
-        memset(quads, 0, In::BYTES - In::HEADER);
+        auto* quads = static_cast<uint8_t*>(memset(to + In::HEADER, 0, In::BYTES - In::HEADER));
         for (int k = 0; k < GROUP; k++) {
             const i16 q = level(load(x + k * LANES) - least, inverse, In::OFFSET, In::LEVELS);
             uint8_t* at = quads + k / 4 % In::WORDS * 64 + k % 4;  // of 8 words, 4 may be the others' high halves

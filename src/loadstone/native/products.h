@@ -147,10 +147,8 @@ static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::
     int k = 0;
     for (; k + SUMS <= steps; k += SUMS) UNROLL for (int i = 0; i < SUMS; i++) step(total[i], k + i);
     for (; k < steps; k++) step(total[0], k);
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) {
-        c[p][t] = total[0][p][t];
-        UNROLL for (int i = 1; i < SUMS; i++) c[p][t] += total[i][p][t];
-    }
+    UNROLL for (int i = 1; i < SUMS; i++) total[0][0][0] += total[i][0][0];
+    UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = total[0][p][t];
 }
 
 // The same with groups of integers, exact within a group. Registers hold the integers of one group, memory c.

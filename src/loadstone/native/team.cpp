@@ -60,11 +60,10 @@ static void* work(void* argument) {
 
 static void announce(Team& team) {
     team.ticket.fetch_add(1);
-    if (team.sleepers.load()) {
-        pthread_mutex_lock(&team.mutex);
-        pthread_cond_broadcast(&team.wake);
-        pthread_mutex_unlock(&team.mutex);
-    }
+    if (!team.sleepers.load()) return;
+    pthread_mutex_lock(&team.mutex);
+    pthread_cond_broadcast(&team.wake);
+    pthread_mutex_unlock(&team.mutex);
 }
 
 void start_threads(Engine& e) {

@@ -128,10 +128,17 @@ static ALWAYS i16 to_bf16(v16 x) {
     const i16 bits = (i16)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
     return x == x ? rounded : splat(0x7fc0);
 }
+static ALWAYS h16 to_short_bf16(v16 x) {
+#if defined(__AVX512BF16__)
+    return (h16)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become zeros
+#else
+    return __builtin_convertvector(to_bf16(x), h16);
+#endif
+}
 static ALWAYS void put_bf16(void* to, const float* from, int count) {
     v16 x = count == LANES ? load(from) : v16{};
     if (count < LANES) memcpy(&x, from, size_t(count) * sizeof(float));
-    store_short(to, __builtin_convertvector(to_bf16(x), h16));
+    store_short(to, to_short_bf16(x));
 }
 
 // ---- elementary functions, to some 1e-7 ----
@@ -144,13 +151,12 @@ static ALWAYS v16 polynomial(v16 x, const float (&c)[N]) {
     return y;
 }
 
-static ALWAYS v16 exponential(v16 x) {
-    const v16 magic = splat(12582912.0f), low = smaller(larger(x, splat(-87.3f)), splat(88.7f));
-    const v16 n = (low * 1.44269504f + magic) - magic;
+static ALWAYS v16 exponential(v16 x) {  // 0 below -87.3, and no more than at 87.3: what it divides is nothing there
+    const v16 magic = splat(12582912.0f), low = smaller(larger(x, splat(-87.3f)), splat(87.3f));
+    const v16 shifted = low * 1.44269504f + magic, n = shifted - magic;
     const v16 r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
     const float c[] = {1.9875691e-4f, 1.3981999e-3f, 8.3334519e-3f, 4.1665795e-2f, 1.6666665e-1f, 0.5f, 1.0f, 1.0f};
-    const i16 half = __builtin_convertvector(n, i16) >> 1, rest = __builtin_convertvector(n, i16) - half;
-    const v16 y = polynomial(r, c) * (v16)((half + 127) << 23) * (v16)((rest + 127) << 23);
+    const v16 y = polynomial(r, c) * (v16)(((i16)shifted << 23) + (127 << 23));  // n stands in shifted's last bits
     return x < splat(-87.3f) ? v16{} : (x == x ? y : x);
 }
 
