@@ -127,6 +127,19 @@ def test_mixed_types_become_the_widest(tmp_path: Path) -> None:
     assert {p.dtype for p in load(write_hf(tmp_path, mixed))[0].parameters()} == {torch.float32}
 
 
+def test_vectors_that_fit_the_matrices_type_take_it(tmp_path: Path) -> None:
+    """GGUF's way: float32 norms beside 16-bit matrices, most widened from 16 bits. One that was not decides."""
+    half = {name: value.astype(np.float16) for name, value in GPT2.items()}
+    widened = {name: value.astype(np.float32) if value.ndim == 1 else value for name, value in half.items()}
+    model, _ = load(write_hf(tmp_path / "fits", widened))
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    for name, value in state(load(write_hf(tmp_path / "half", half))[0]).items():
+        assert torch.equal(state(model)[name], value)
+    finer = next(name for name, value in widened.items() if value.ndim == 1)
+    widened[finer] = widened[finer] + np.float32(1e-7)
+    assert {p.dtype for p in load(write_hf(tmp_path / "finer", widened))[0].parameters()} == {torch.float32}
+
+
 def test_unknown_types_and_integer_weights_are_refused(tmp_path: Path) -> None:
     for wrong_type in ("int7", "int8", "float8_e4m3fn", torch.int8):
         with pytest.raises(PlanError, match=r"dtype .* is not supported"):

@@ -70,8 +70,8 @@ def load(
     Args:
         source: see `open_source`, which also documents the other options (`revision`, `dialect`, `config`, `ignore`,
             `ignore_config`).
-        dtype: `auto` keeps the stored type (block-quantised and fp8 weights become float32, mixed types the widest), or
-            a torch type or its name.
+        dtype: `auto` keeps the stored type (block-quantised and fp8 weights become float32, mixed types the widest, or
+            that of the matrices if every vector fits it), or a torch type or its name.
         device: where the parameters go.
         progress: called with (bytes done, bytes in all) after each tensor.
 
@@ -257,23 +257,39 @@ def _target_dtype(identity: Identity, wanted: str | torch.dtype) -> torch.dtype:
     """The one floating type that the model will have. Raises PlanError for an unknown name or integer weights."""
     import torch
 
-    widest: torch.dtype | None = None
+    checkpoint = identity.checkpoint
+    matrices, widest = None, None  # the widest type of matrices, and of all
+    vectors = []
     for step in identity.plan.steps:
         # Blocks (Q4_1, ...) are read as float32; fp8 has too few bits to compute in.
         stored = getattr(torch, step.dtype, torch.float32)
         stored = torch.float32 if stored.is_floating_point and stored.itemsize == 1 else stored
         if not stored.is_floating_point:
             raise PlanError(
-                f"{identity.checkpoint.path}: {step.source} holds {step.dtype}; weights must be floating point. "
+                f"{checkpoint.path}: {step.source} holds {step.dtype}; weights must be floating point. "
                 "Quantised PyTorch checkpoints cannot be read; a GGUF of the same model can."
             )
         widest = stored if widest is None else torch.promote_types(widest, stored)
+        if len(checkpoint.info(step.source).shape) > 1:
+            matrices = stored if matrices is None else torch.promote_types(matrices, stored)
+        else:
+            vectors.append(step.source)
     if wanted == "auto":
+        # GGUF keeps norms and biases in float32 beside 16-bit matrices; most came from 16 bits, and fit them again.
+        if matrices and matrices != widest and all(_fits(checkpoint.read(name), matrices) for name in vectors):
+            return matrices
         return widest or torch.float32
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise PlanError(f"dtype {wanted} is not supported; use auto, float32, bfloat16, float16 or float64.")
     return found
+
+
+def _fits(array: Array, dtype: torch.dtype) -> bool:
+    import torch
+
+    tensor = to_tensor(array)
+    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def require_device(device: str | torch.device) -> None:
