@@ -310,6 +310,8 @@ def main() -> None:
     for why in left_out:
         say(f"NOT MEASURED: {why}")
     names = [name for name in names if not peers.missing(name)]
+    if not names:
+        sys.exit("nothing is left to measure")
     runs: list[dict[str, dict[str, Any]]] = []
     bandwidths = []
     with tempfile.TemporaryDirectory() as folder:
