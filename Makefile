@@ -5,7 +5,7 @@
 # make native-sanitize  the native engine's tests under ASan, UBSan and TSan (g++ and its sanitizers are needed)
 # make max     the tests of `--engine max` (installs it: 240 MB)
 # make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
-# make bench   measurements beside other programs (benchmarks/results.sh: what two models score)
+# make bench   measurements beside other programs (installs 450 MB more; benchmarks/results.sh: what two models score)
 
 PYTHON ?= python3
 VENV := .venv
@@ -81,7 +81,11 @@ RUNS ?= 100000
 fuzz: $(VENV)/fuzz
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --runs $(RUNS)
 
-bench: $(PEERS)/installed
+$(PEERS)/bench: $(PEERS)/installed
+	$(PEERS)/bin/pip $(PIP_FLAGS) -e ".[bench]"
+	@touch $@
+
+bench: $(PEERS)/bench
 	$(PEERS)/bin/python benchmarks/load.py
 	$(PEERS)/bin/python benchmarks/convert.py
 	$(PEERS)/bin/python benchmarks/dequantise.py

@@ -1,17 +1,18 @@
-"""Tokens per second of generation on the CPU, beside llama.cpp, transformers and our own model in torch.
+"""Tokens per second of generation on the CPU, beside every program that a GPT-2 runs on; and our own model in torch.
 
     python benchmarks/generate.py [--rounds 5] [--threads 2] [--only native-q4,llama-Q4_0] [--json | --write]
 
-GPT-2 124M's shape with random weights, one folder for all (llama.cpp's files are converted from it), batch 1, a prompt
+GPT-2 124M's shape with random weights, one folder for all (all others' files are converted from it), batch 1, a prompt
 of 32 tokens, 128 new ones, greedy; prefill of 512 tokens with the last one's logits, the best of three. Each
 contender is a fresh process, and they take turns; figures are medians over the rounds. *First token* counts from the
 start of the process, imports and loading included (no tokenizer, for any of them); *peak* is its largest resident
 memory up to the last token. *Read* is what a plain loop over memory reaches in the same round, *reached* what weights
-were read with. `--write` puts table and picture (benchmarks/roofline.py) into docs/performance.md.
+were read with. A contender whose package is not installed is left out, and the table says so. `--write`
+puts table and picture (benchmarks/roofline.py) into docs/performance.md.
 
-The script stops if greedy tokens of ours in float32 are not those of transformers, or if the native engine's perplexity
-on this repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width, by more than
-three standard errors. On two idle cores it takes some four minutes and one more for each round.
+The script stops if greedy tokens in float32, ours or a peer's, are not those of transformers, or if the native engine's
+perplexity on this repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width, by
+more than three standard errors. On two idle cores it takes some four minutes and two more for each round.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from benchmarks import generate_peers as peers  # noqa: E402
+from benchmarks.generate_peers import Contender, Ids  # noqa: E402
 
 WIDTHS = {"float32": "F32", "bfloat16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}  # ours -> llama.cpp's
 FILES = {"F32": "float32", "BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}  # llama.cpp's -> our converter's
 CONTENDERS = [
     *(name for ours, theirs in WIDTHS.items() for name in (f"native-{ours}", f"llama-{theirs}")),
-    "transformers-float32", "transformers-bfloat16", "torch-float32",
+    *peers.PEERS, "transformers-float32", "transformers-bfloat16", "torch-float32",
 ]  # fmt: skip
-REFERENCE, OURS = "transformers-float32", ("native-float32", "torch-float32")
-Ids = list[int]
-Read = Callable[[Ids], np.ndarray]  # reads tokens after those before; the last one's logits
-Contender = tuple[Read, Callable[[], None], float]  # read, forget everything, MB of weights
+REFERENCE = "transformers-float32"
+CHECKED = [name for name in CONTENDERS if name.endswith("-float32")]  # llama.cpp's keys and values are 16 bits wide
 
 
 def native(place: Path, width: str, threads: int) -> Contender:
@@ -104,7 +106,7 @@ def in_torch(place: Path, dtype: str, threads: int) -> Contender:
     return read, lambda: setattr(cache, "lengths", [0]), sum(p.nbytes for p in model.parameters()) / 1e6
 
 
-MAKERS = {"native": native, "llama": llama, "transformers": transformers, "torch": in_torch}
+MAKERS = {"native": native, "llama": llama, "transformers": transformers, "torch": in_torch} | peers.MAKERS
 
 
 def random_ids(count: int) -> Ids:
@@ -126,8 +128,9 @@ def work(name: str, place: Path, threads: int, new_tokens: int = 128) -> dict[st
     for _ in range(3):
         forget()
         begin = time.perf_counter()
-        read(random_ids(512))
+        logits = read(random_ids(512))
         seconds.append(time.perf_counter() - begin)
+        assert np.isfinite(logits).all(), name
     found = {"decode": decode, "prefill": 512 / min(seconds), "first_at": first, "peak": peak}
     return found | {"weights": weights, "reached": decode * weights / 1e3, "tokens": tokens}
 
@@ -144,20 +147,10 @@ def say(what: str) -> None:
 
 def measure(name: str, place: Path, threads: int) -> dict[str, Any]:
     say(name)
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        __file__,
-        "--work",
-        name,
-        "--place",
-        str(place),
-        "--threads",
-        str(threads),
-    ]
+    command = [sys.executable, "-W", "ignore", __file__, "--work", name, "--place", str(place)]
+    command += ["--threads", str(threads)]
     begin = time.time()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | peers.QUIET | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package need not be compiled each time it is run
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -184,7 +177,7 @@ def convert(source: Path, target: Path, kind: str) -> None:
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
-def write_models(place: Path) -> None:
+def write_models(place: Path, names: list[str]) -> None:
     import torch
 
     from loadstone.config import PRESETS
@@ -196,6 +189,7 @@ def write_models(place: Path) -> None:
     save_model(GPT(PRESETS["gpt2"]), place / "model")
     for theirs, ours in FILES.items():
         convert(place / "model", place / f"{theirs}.gguf", ours)
+    peers.write_peers(place, names)
 
 
 def losses(place: Path, threads: int, windows: int = 16) -> dict[str, list[float]]:
@@ -239,8 +233,8 @@ def losses(place: Path, threads: int, windows: int = 16) -> dict[str, list[float
 
 
 def check_tokens(run: dict[str, dict[str, Any]], wanted: Ids) -> None:
-    """Stops the script where ours differ from the reference's."""
-    for name in OURS:
+    """Stops the script where they differ from the reference's."""
+    for name in CHECKED:
         if name in run and run[name]["tokens"] != wanted:
             first = next(
                 i for i, pair in enumerate(zip(run[name]["tokens"], wanted, strict=True)) if pair[0] != pair[1]
@@ -275,19 +269,24 @@ def table(runs: list[dict[str, dict[str, Any]]], perplexity: dict[str, float]) -
         if kind == "native" and (peer := f"llama-{WIDTHS[width]}") in runs[0]:
             for key in ("decode", "prefill"):
                 row[f"{key}_ratio"] = statistics.median(run[name][key] / run[peer][key] for run in runs)
+        if kind == "native":
+            row |= {f"{key}_best": peers.best_peer(name, key, runs) for key in ("decode", "prefill")}
         rows.append(row | {"perplexity": perplexity.get(name)})
     return rows
 
 
-def markdown(rows: list[dict[str, Any]], bandwidth: float) -> str:
-    lines = [f"| | {' | '.join(COLUMNS.values())} | reached GB/s | decode, prefill / llama.cpp's | perplexity |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+def markdown(rows: list[dict[str, Any]], bandwidth: float, left_out: list[str]) -> str:
+    columns = [*COLUMNS.values(), "reached GB/s", "decode, prefill / llama.cpp's", "decode, prefill / the best other's"]
+    lines = [f"| | {' | '.join(columns)} | perplexity |", f"|---|{'--:|' * (len(columns) + 1)}"]
     for row in rows:
         ratios = f"{row['decode_ratio']:.2f}, {row['prefill_ratio']:.2f}" if "decode_ratio" in row else ""
+        best = [row.get(f"{key}_best") for key in ("decode", "prefill")]
+        ratios += " | " + ", ".join(f"{each[1]:.2f} ({each[0]})" for each in best if each)
         scored = f"{row['perplexity']:.3f}" if row["perplexity"] else ""
         figures = f"{row['decode']:.1f} | {row['prefill']:.0f} | {row['first']:.2f} | {row['peak']:.0f}"
         lines.append(f"| {row['contender']} | {figures} | {row['reached']:.1f} | {ratios} | {scored} |")
-    return "\n".join([*lines, "", f"A plain loop read {bandwidth:.1f} GB/s."])
+    ends = [f"A plain loop read {bandwidth:.1f} GB/s."] + [f"Not measured: {why}." for why in left_out]
+    return "\n".join([*lines, "", *ends])
 
 
 def main() -> None:
@@ -305,27 +304,36 @@ def main() -> None:
         print(json.dumps(work(arguments.work, arguments.place, arguments.threads)))
         return
     threads, names = arguments.threads, arguments.only.split(",")
+    if unknown := {*names} - {*CONTENDERS}:
+        parser.error(f"no such contenders: {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    left_out = [f"{name}, as {module} is not installed" for name in names if (module := peers.missing(name))]
+    for why in left_out:
+        say(f"NOT MEASURED: {why}")
+    names = [name for name in names if not peers.missing(name)]
+    if not names:
+        sys.exit("nothing is left to measure")
     runs: list[dict[str, dict[str, Any]]] = []
     bandwidths = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        write_models(place)
+        write_models(place, names)
         scored = {} if arguments.no_perplexity else losses(place, threads)
         if scored:
             check_perplexity(scored)
         perplexity = {name: math.exp(statistics.mean(each)) for name, each in scored.items()}
-        wanted = measure(REFERENCE, place, threads)["tokens"] if {*OURS} & {*names} else []
+        wanted = measure(REFERENCE, place, threads)["tokens"] if {*CHECKED} & {*names} else []
         for _ in range(arguments.rounds):
             bandwidths.append(read_bandwidth(threads))
             runs.append({name: measure(name, place, threads) for name in names})
             check_tokens(runs[-1], wanted)
     rows, bandwidth = table(runs, perplexity), statistics.median(bandwidths)
+    shown = markdown(rows, bandwidth, left_out)
     if arguments.write:
-        sys.path.insert(0, str(ROOT))
         from benchmarks.roofline import described, write_docs
 
-        write_docs(markdown(rows, bandwidth), rows, bandwidth, described(arguments.rounds, threads))
-    print(json.dumps({"rows": rows, "read": bandwidths}, indent=2) if arguments.json else markdown(rows, bandwidth))
+        write_docs(shown, rows, bandwidth, described(rows, arguments.rounds, threads))
+    found = {"rows": rows, "read": bandwidths, "not measured": left_out}
+    print(json.dumps(found, indent=2) if arguments.json else shown)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,18 @@ NAMES = {
     "llama": "llama.cpp",
     "transformers": "transformers",
     "torch": "Loadstone, torch",
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "ctranslate2": "CTranslate2",
+}
+LABELLED = list(NAMES)[:4]  # the others' points would be hidden under their own names
+PACKAGES = {
+    "llama": "llama-cpp-python",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "ctranslate2": "ctranslate2",
+    "transformers": "transformers",
+    "torch": "torch",
 }
 
 
@@ -55,13 +67,13 @@ def draw(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
             own = [row for row in rows if row["contender"].partition("-")[0] == kind]
             look: dict[str, Any] = {
                 "color": COLOURS[place],
-                "marker": MARKERS[place],
+                "marker": (*MARKERS, "P", "X")[place],
                 "markersize": 7,
                 "linestyle": "none",
             }
             if own:
                 axes.plot([row["weights"] for row in own], [row["decode"] for row in own], label=label, **look)
-            for row in own:
+            for row in own if kind in LABELLED else []:
                 width = row["contender"].partition("-")[2]
                 right = kind in ("native", "torch")
                 axes.annotate(
@@ -96,9 +108,10 @@ def write_docs(table: str, rows: list[dict[str, Any]], bandwidth: float, how: st
     path.write_text(f"{before}{MARKS[0]}\n{how}\n\n{table}\n\n{picture}\n{end}{after}")
 
 
-def described(rounds: int, threads: int) -> str:
+def described(rows: list[dict[str, Any]], rounds: int, threads: int) -> str:
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("llama-cpp-python", "transformers", "torch"))
+    kinds = {row["contender"].partition("-")[0] for row in rows}
+    packages = ", ".join(f"{name} {version(name)}" for kind, name in PACKAGES.items() if kind in kinds)
     return (
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, {cpu.partition(':')[2].strip()}, {threads} threads of "
         f"{len(os.sched_getaffinity(0))} cores, medians of {rounds} rounds; {packages}."
