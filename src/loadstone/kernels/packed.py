@@ -86,10 +86,10 @@ class PackedWeights:
 def pack_for_inference(model: GPT) -> PackedWeights:
     """Pack the weights of a model's linear layers and head for calls without gradients; the model stays as it is.
 
-    This takes as much memory as those weights: a third more than GPT-2's file has, as a tied head becomes a matrix of
-    its own. (The pages of a mapped file that nobody reads any more are the system's to drop.) Left out is whatever
-    this is not made for: adapters, types other than float32 and bfloat16, other devices, other processors; a model in
-    training mode; and all of it where the copies would take more than a third of the free memory.
+    This takes as much memory as those weights, a tied head included: of GPT-2 its whole size once more. (The pages of a
+    mapped file that nobody reads any more are the system's to drop.) Left out is whatever this is not made for:
+    adapters, types other than float32 and bfloat16, other devices, other processors; a model in training mode; and all
+    of it where the copies would take more than a third of the free memory.
     """
     weights = {module: weight for module, weight in _weights(model).items() if _packable(weight)}
     if model.training or SHARE * sum(weight.nbytes for weight in weights.values()) > free_memory():
