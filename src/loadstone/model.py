@@ -25,7 +25,7 @@ from .positions import KVCache, Positions, rotate
 class Linear(nn.Linear):
     """nn.Linear that leaves its weights unset: `GPT.init_weights` or a checkpoint sets them, never both."""
 
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)  # see kernels.speed_up
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)  # see kernels
 
     def reset_parameters(self) -> None:
         pass
@@ -61,7 +61,7 @@ class Attention(nn.Module):
     """Causal self-attention. Query heads share key/value heads in groups of H/K (MHA if K = H, MQA if K = 1)."""
 
     dropout = 0.0
-    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)  # see kernels.speed_up
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)  # see kernels
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -183,6 +183,7 @@ class GPT(nn.Module):
 
     dropout = 0.0
     recompute = False
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)  # the head's, as in Linear
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -246,7 +247,7 @@ class GPT(nn.Module):
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """Hidden states -> scores over the vocabulary, [..., V]."""
-        return F.linear(x_BTC, *self.output)
+        return self.product(x_BTC, *self.output)
 
     def forward(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V] for the token after each."""

@@ -96,7 +96,7 @@ def test_bfloat16_is_as_exact_as_plain_autocast(family: str) -> None:
 
 
 def test_the_kernels_are_what_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    if linear_file._ONEDNN is None or platform.machine() not in ("x86_64", "AMD64"):
+    if linear_file.ONEDNN is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("this build of torch has no oneDNN, or this is no x86 machine: torch's own functions are called")
     calls: Counter[str] = Counter()
     for function in (linear_file._Linear, attention_file._Causal):
@@ -246,8 +246,8 @@ def test_a_part_of_a_wider_matrix_is_left_to_torch_or_copied(
         asked.append(weight)
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(linear_file, "_X86", True)
-    monkeypatch.setattr(linear_file, "_ONEDNN", onednn)
+    monkeypatch.setattr(linear_file, "X86", True)
+    monkeypatch.setattr(linear_file, "ONEDNN", onednn)
     fused = torch.randn(16, 48, requires_grad=True)
     x = torch.randn(rows, 16)
     for part, whole in ((fused.T[:16], False), (fused[:, :16].T, False), (fused.T, True), (torch.randn(8, 16), True)):

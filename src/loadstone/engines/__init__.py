@@ -53,7 +53,7 @@ class Kind:
 
 AUTO = "auto"  # `best_engine` chooses
 ENGINES: dict[str, Kind] = {
-    "torch": Kind("the model as it is written, operation by operation; everything works", "eager:TorchEngine"),
+    "torch": Kind("the model as it is written, operation by operation; everything works", "eager:start"),
     "compile": Kind(
         "torch.compile with static shapes: warms up for a minute or so, then runs faster", "compiled:CompileEngine",
         probes.compiler,

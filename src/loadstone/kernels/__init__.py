@@ -1,18 +1,19 @@
-"""Faster ways to what torch computes, for training and scoring on the CPU; elsewhere torch itself is called."""
+"""Faster ways to what torch computes, for training and inference on the CPU; elsewhere torch itself is called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..model import ACTIVATIONS, MLP, Attention, Linear
 from . import attention, linear
-from .memory import keep_freed_memory
+from .memory import free_memory, keep_freed_memory
+from .packed import PackedWeights, pack_for_inference
+from .replacing import replaced
 
-__all__ = ["keep_freed_memory", "quick_scoring", "speed_up"]
+__all__ = ["PackedWeights", "free_memory", "keep_freed_memory", "pack_for_inference", "quick_scoring", "speed_up"]
 
 
 def speed_up(model: nn.Module) -> None:
@@ -28,27 +29,15 @@ def speed_up(model: nn.Module) -> None:
             module.attend = attention.attention
 
 
-@contextmanager
-def quick_scoring(model: nn.Module) -> Iterator[None]:
+def quick_scoring(model: nn.Module) -> AbstractContextManager[None]:
     """Meanwhile the layers of a model compute with this package's products without gradients; afterwards as before."""
-    before: list[tuple[nn.Module, str, Any]] = []
-
-    def set_for_now(module: nn.Module, name: str, value: Any) -> None:
-        before.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    for module in model.modules():
-        if isinstance(module, Linear):
-            set_for_now(module, "product", linear.scoring_linear)
+    settings: list[tuple[nn.Module, str, Any]] = [
+        (module, "product", linear.scoring_linear) for module in model.modules() if isinstance(module, Linear)
+    ]
     for module in model.modules():
         if isinstance(module, MLP) and _plain_gelu(module):
-            set_for_now(module.up, "product", linear.scoring_linear_gelu)
-            set_for_now(module, "activation", _unchanged)
-    try:
-        yield
-    finally:
-        for module, name, value in reversed(before):
-            setattr(module, name, value)
+            settings += [(module.up, "product", linear.scoring_linear_gelu), (module, "activation", _unchanged)]
+    return replaced(settings)
 
 
 def _plain_gelu(mlp: MLP) -> bool:

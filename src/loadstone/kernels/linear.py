@@ -2,7 +2,7 @@
 
 Measured on an AMD EPYC (docs/performance.md): 10% faster for a layer of GPT-2, 40% for its head. Gradients of weights
 stay with MKL: there the transposed operands cost oneDNN more than it gains. Bfloat16 products go through oneDNN anyway.
-The last bits differ from `F.linear`, so generation and `verify` do not come here.
+The last bits differ from `F.linear`, so a model called by itself and `verify` do not come here.
 
 Shapes: N rows, K inputs, M outputs.
 """
@@ -18,15 +18,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # What inductor calls for a linear layer; a build of torch without oneDNN lacks it.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 COPIED = 256  # rows of x; for fewer, a copy of the weight takes longer than it saves
 
 
 def product(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     """a @ b, for an a whose rows lie in memory one after the other."""
     if _ours(a_NK) and _ours(b_KM):
-        return _ONEDNN(a_NK, b_KM.T, None, "none", [], "")  # type: ignore[misc]
+        return ONEDNN(a_NK, b_KM.T, None, "none", [], "")  # type: ignore[misc]
     return a_NK @ b_KM
 
 
@@ -56,7 +56,7 @@ def _scoring(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None, then: str, how
     if x.numel() >= COPIED * x.shape[-1] and _float32_here(weight_MK):
         weight_MK = weight_MK.contiguous()
     if _ours(x) and _ours(weight_MK):
-        return _ONEDNN(x, weight_MK, bias_M, then, [], how)  # type: ignore[misc]
+        return ONEDNN(x, weight_MK, bias_M, then, [], how)  # type: ignore[misc]
     y = F.linear(x, weight_MK, bias_M)
     return F.gelu(y, approximate=how) if then == "gelu" else y
 
@@ -73,14 +73,14 @@ def _ours(x: Tensor) -> bool:
 def _float32_here(x: Tensor) -> bool:
     """In this machine's memory, and no subclass: shards (DTensor) have products of their own."""
     plain = type(x) in (Tensor, torch.nn.Parameter)
-    return _ONEDNN is not None and _X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
+    return ONEDNN is not None and X86 and plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_MK)
-        return _ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
+        return ONEDNN(x, weight_MK, bias_M, "none", [], "")  # type: ignore[misc]
 
     @staticmethod
     @once_differentiable

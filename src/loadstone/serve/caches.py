@@ -10,6 +10,7 @@ from copy import copy
 
 import torch
 
+from ..kernels import pack_for_inference
 from ..model import GPT
 from ..native import NativeEngine
 from ..sampling import Floats, as_floats
@@ -25,7 +26,7 @@ class TorchSlots(Slots):
     """Rows of a model's own cache. A step needs no gather, as the busy rows are neighbours."""
 
     def __init__(self, model: GPT, rows: int, length: int) -> None:
-        self._model, self._cache = model, model.new_cache(rows, length)
+        self._model, self._cache, self._packed = model, model.new_cache(rows, length), pack_for_inference(model)
         super().__init__(rows, self._cache.size)
         self._kv = self._cache.kv  # [layers, 2, N, K, S, D]
         self.nbytes = self._kv.nbytes
@@ -34,8 +35,9 @@ class TorchSlots(Slots):
     def _run(self, first: int, last: int, ids: Sequence[Sequence[int]]) -> Floats:
         part = copy(self._cache)  # over the same memory
         part.kv, part.lengths = self._kv[:, :, first:last], [len(held) for held in self.held[first:last]]
-        x_BTC = self._model.hidden(torch.tensor(ids, device=self._kv.device), part)
-        return as_floats(self._model.logits(x_BTC[:, -1]))
+        with self._packed.used(prompt=len(ids[0]) > 1):
+            x_BTC = self._model.hidden(torch.tensor(ids, device=self._kv.device), part)
+            return as_floats(self._model.logits(x_BTC[:, -1]))
 
     def _copy(self, source: int, target: int, tokens: int) -> None:
         self._kv[:, :, target, :, :tokens] = self._kv[:, :, source, :, :tokens]
