@@ -52,7 +52,7 @@ def native(place: Path, width: str, threads: int) -> Contender:
     from loadstone.load import open_source
     from loadstone.native import open_native
 
-    engine = open_native(open_source(place / "model"), width=width, threads=threads)
+    engine = open_native(open_source(place / f"{WIDTHS[width]}.gguf"), threads=threads)
     cache = engine.new_cache()
     return lambda ids: engine.prefill(cache, {0: ids})[0], lambda: engine.reset(cache, [0]), engine.packed_bytes / 1e6
 
@@ -219,8 +219,8 @@ def losses(place: Path, threads: int, windows: int = 16) -> dict[str, list[float
     found = {}
     for ours, theirs in WIDTHS.items():
         say(f"perplexity at {ours} and {theirs}")
-        found[f"native-{ours}"] = score(open_native(open_source(place / "smollm2"), width=ours, threads=threads).scores)
         convert(place / "smollm2", path := place / f"smollm2-{theirs}.gguf", FILES[theirs])
+        found[f"native-{ours}"] = score(open_native(open_source(path), threads=threads).scores)
         peer = Llama(str(path), n_ctx=512, n_threads=threads, flash_attn=True, verbose=False, logits_all=True)
 
         def theirs_of(text: Ids, peer: Any = peer) -> np.ndarray:
