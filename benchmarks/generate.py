@@ -12,7 +12,7 @@ puts table and picture (benchmarks/roofline.py) into docs/performance.md.
 
 The script stops if greedy tokens in float32, ours or a peer's, are not those of transformers, or if the native engine's
 perplexity on this repository's documentation, with SmolLM2's weights, is worse than llama.cpp's at the same width, by
-more than three standard errors. On two idle cores it takes some four minutes and two more for each round.
+more than three standard errors. On two idle cores it takes some four minutes, and two more for each round.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WIDTHS = {"float32": "F32", "bfloat16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}  # o
 FILES = {"F32": "float32", "BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}  # llama.cpp's -> our converter's
 CONTENDERS = [
     *(name for ours, theirs in WIDTHS.items() for name in (f"native-{ours}", f"llama-{theirs}")),
-    *peers.PEERS, "transformers-float32", "transformers-bfloat16", "torch-float32",
+    *peers.PEERS, "transformers-float32", "transformers-bfloat16", "torch-float32", "torch-bfloat16",
 ]  # fmt: skip
 REFERENCE = "transformers-float32"
 CHECKED = [name for name in CONTENDERS if name.endswith("-float32")]  # llama.cpp's keys and values are 16 bits wide
@@ -94,16 +94,18 @@ def in_torch(place: Path, dtype: str, threads: int) -> Contender:
     import torch
 
     from loadstone import load
+    from loadstone.engines import start_engine
 
     torch.set_num_threads(threads)
     model, _ = load(place / "model", dtype=dtype)
-    cache = model.new_cache()
+    engine = start_engine("torch", model)
+    cache = engine.new_cache()
 
-    @torch.inference_mode()
     def read(ids: Ids) -> np.ndarray:
-        return model.logits(model.hidden(torch.tensor([ids]), cache)[:, -1])[0].float().numpy()
+        logits = engine.decode(cache, ids) if len(ids) == 1 else engine.prefill(cache, {0: ids})
+        return logits[0].float().numpy()
 
-    return read, lambda: setattr(cache, "lengths", [0]), sum(p.nbytes for p in model.parameters()) / 1e6
+    return read, lambda: engine.reset(cache, [0]), sum(p.nbytes for p in model.parameters()) / 1e6
 
 
 MAKERS = {"native": native, "llama": llama, "transformers": transformers, "torch": in_torch} | peers.MAKERS

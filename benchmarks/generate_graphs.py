@@ -108,9 +108,9 @@ def write_openvino(target: Path, weights: Weights, width: str) -> None:
     import openvino
 
     model = openvino_graph(weights)
-    if width == "int8":
+    if width.endswith("int8"):
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-    if width == "int4":
+    if width.endswith("int4"):
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=128, ratio=1.0)
     openvino.save_model(model, target / "model.xml", compress_to_fp16=width == "bfloat16")
 

@@ -4,7 +4,8 @@ The files are written once a run (benchmarks/generate_graphs.py), each in a proc
 imports the runtime alone. Greedy tokens of those in float32 must be those of transformers, as ours must.
 
 Of OpenVINO's settings the fastest for a prompt of 512 (AVX-512 with bfloat16): with quantised weights, bfloat16 between
-the layers, and activations quantised in groups of 768 (128 where the weights are). Float32 is float32 throughout.
+the layers, and activations quantised in groups of 768 (128 where the weights are). `g32`, for comparison: activations
+in groups of 32, as in llama.cpp and in ours. Float32 is float32 throughout.
 
 CTranslate2 has no call that reads tokens and gives the last one's logits: it streams tokens that it chose. So the
 answer is that token's log-probability, and something less everywhere else; it goes on from its own token, which is the
@@ -32,7 +33,7 @@ Contender = tuple[Read, Callable[[], None], float]  # read, forget everything, M
 
 PEERS = [
     "onnx-float32", "onnx-int8", "onnx-int4",
-    "openvino-float32", "openvino-bfloat16", "openvino-int8", "openvino-int4",
+    "openvino-float32", "openvino-bfloat16", "openvino-int8", "openvino-int4", "openvino-g32-int8", "openvino-g32-int4",
     "ctranslate2-float32", "ctranslate2-int8",
 ]  # fmt: skip
 NEEDS = {  # kind -> what must be importable
@@ -111,6 +112,7 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "int8": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 768},
     "int4": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
 }
+OPENVINO |= {f"g32-{width}": OPENVINO[width] | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32} for width in ("int8", "int4")}
 
 
 def openvino(place: Path, width: str, threads: int) -> Contender:
