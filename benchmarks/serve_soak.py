@@ -32,7 +32,8 @@ from soak_clients import BODY_LIMIT, SHARES, Known, World, Wrong
 
 NEW, CONTEXT, ROWS, QUEUE = 24, 256, 6, 6
 GROWTH = 1.05
-POOL = 2 * (os.cpu_count() or 1) + 4  # threads that are kept: asyncio's, and those of the tokenizers library
+CORES = os.cpu_count() or 1
+POOL = (CORES + 4) * CORES + CORES  # threads that are kept: asyncio's, each with a team of torch's, and the tokenizers'
 SUBJECTS = (
     "a cat, the moon, an old king, the sea, seven stones, my sister, the last train, some bread, a bell, two rivers"
 )
