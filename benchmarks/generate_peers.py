@@ -37,7 +37,7 @@ PEERS = [
     "ctranslate2-float32", "ctranslate2-int8",
 ]  # fmt: skip
 NEEDS = {  # kind -> what must be importable
-    "onnx": ("onnxruntime", "onnx"), "openvino": ("openvino", "nncf"), "ctranslate2": ("ctranslate2",),
+    "onnx": ("onnxruntime", "onnx", "onnx_ir"), "openvino": ("openvino", "nncf"), "ctranslate2": ("ctranslate2",),
     "llama": ("llama_cpp",), "transformers": ("transformers",),
 }  # fmt: skip
 BITS = {"32": 32, "16": 16, "8": 8, "8_0": 8, "4": 4, "4_0": 4}  # by how a contender's name ends
