@@ -307,16 +307,14 @@ class _Header:
         return numbers
 
     def _strings(self, count: int) -> list[str]:
-        begin = self.at
         try:
             return self._texts(count, "strict")
         except UnicodeDecodeError:
-            self.at = begin
             self.notes.append(f"{self._what} has strings that are not UTF-8; their bytes are kept as surrogate escapes")
             return self._texts(count, "surrogateescape")
 
     def _texts(self, count: int, errors: str) -> list[str]:
-        """The hot loop of opening: a vocabulary has some 100 000 strings."""
+        """The hot loop of opening: a vocabulary has some 100 000 strings. The cursor stays if one cannot be decoded."""
         data, at, end, unpack = self.data, self.at, self.end, _U64.unpack_from
         texts = []
         for _ in range(count):
