@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]
 
 from benchmarks import generate_peers as peers  # noqa: E402
 from benchmarks.generate_peers import Contender, Ids  # noqa: E402
@@ -60,6 +60,9 @@ def native(place: Path, width: str, threads: int) -> Contender:
 def llama(place: Path, kind: str, threads: int) -> Contender:
     from llama_cpp import Llama
 
+    from llama_amx import without_amx
+
+    without_amx()
     path = place / f"{kind}.gguf"
     model = Llama(
         str(path), n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, flash_attn=True,
@@ -198,11 +201,13 @@ def losses(place: Path, threads: int, windows: int = 16) -> dict[str, list[float
     """Of SmolLM2 (as float32, then rounded to each width) on windows of 512 tokens of docs/*.md, spread evenly."""
     from llama_cpp import Llama
 
+    from llama_amx import without_amx
     from loadstone import load
     from loadstone.load import open_source
     from loadstone.native import open_native
     from loadstone.save import save_model
 
+    without_amx()
     model, tokenizer = load("smollm2", dtype="float32")
     assert tokenizer is not None
     save_model(model, place / "smollm2", tokenizer=tokenizer)

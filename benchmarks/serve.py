@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import llama_amx
 from server_load import Answer, Server, ask, loadstone
 
 CONTENDERS = ("loadstone", "llama.cpp")
@@ -77,7 +78,7 @@ def start(contender: str, file: Path, threads: int) -> Server:
     }  # fmt: skip
     pairs = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return Server(
-        [sys.executable, "-W", "ignore", "-m", "llama_cpp.server", *pairs],
+        [sys.executable, "-W", "ignore", llama_amx.__file__, *pairs],  # `python -m llama_cpp.server`
         name=contender,
         ready="/v1/models",
         threads=threads,

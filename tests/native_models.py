@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2 erf, untied": GPT2 | {"activation": "gelu", "tied": False},
     "gpt2 head 48": {"n_heads": 2, "d_model": 96, "vocab_size": 50_257, "n_layers": 1},
     "llama": LLAMA | {"n_heads": 6, "n_kv_heads": 2, "d_model": 96, "d_ff": 80},
+    "llama head 64": LLAMA | {"n_heads": 6, "n_kv_heads": 2, "head_dim": 64, "d_model": 64, "d_ff": 96},
     "llama biases, odd head": LLAMA | {"n_heads": 3, "n_kv_heads": 1, "head_dim": 10, "d_model": 32, "qkv_bias": True},
     "llama yarn": LLAMA | {"n_heads": 4, "d_model": 64, "rope": Rope(1e4, "yarn", 4.0, original_context=16)},
     "llama3 rope": LLAMA | {"n_heads": 4, "d_model": 64, "rope": Rope(5e5, "llama3", 8.0, original_context=16)},

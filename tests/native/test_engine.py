@@ -71,7 +71,7 @@ def test_the_library_itself_refuses_what_the_wrapper_would_not_send(engine: Nati
     assert status([1, 2], [0, 1], [1, 1], [0, 0]) == 0
     assert status([1, 2], [0, 0], [1, 1], [0, 0])
     assert status([1], [2], [1], [0])
-    assert status([1], [0], [1], [16])  # a cache has whole vectors of slots
+    assert status([1], [0], [1], [32])  # a cache has whole steps of slots
     assert status([1], [0], [1], [-1])
     assert status([1], [0], [2**30], [0])
     assert status([259], [0], [1], [0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,7 @@ def roundings(engine: NativeEngine, length: int, width: str) -> tuple[Rounding, 
     """The engine's, as `emulate` takes them: of inputs of products, of keys and values, of attention's own factors."""
     if width in ("float32", "float16"):
         return same, same, same
-    dot = engine.level == "avx512bf16" and length > 4  # engine.h's DECODE
+    dot = engine.level in ("avx512bf16", "amx") and length > 4  # engine.h's DECODE
     return bf16 if dot and width == "bfloat16" else ROUNDINGS[width], bf16, bf16 if dot else same
 
 
@@ -61,7 +62,9 @@ def wanted(model: GPT, engine: NativeEngine, ids: list[int], width: str) -> Floa
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("width", ROUNDINGS)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "llama biases, odd head", "relu, one head"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "llama head 64", "gpt_neox", "llama biases, odd head", "relu, one head"]
+)
 def test_other_widths_are_torch_with_the_same_rounding(name: str, width: str, level: str) -> None:
     model = model_of(MODELS[name] | {"n_layers": 1})
     engine = engine_of(model, width, level=level)
@@ -103,6 +106,47 @@ def test_prompts_longer_than_a_chunk_and_caches_longer_than_a_block() -> None:
     np.testing.assert_allclose(engine.prefill(cache, {1: ids[530:]})[0], want[-1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_long_prompts_in_bfloat16_are_torch_with_the_same_rounding(level: str) -> None:
+    model = model_of(MODELS["llama head 64"] | {"context_length": 300, "n_layers": 1})
+    engine, ids = engine_of(model, "bfloat16", level=level), ids_of(297)
+    want = wanted(model, engine, ids, "bfloat16")
+    error = np.abs(engine.scores(ids) - want)
+    assert np.median(error) < 2e-5 * want.std()
+    assert error.mean() < 1e-3 * want.std()
+
+
+@pytest.mark.skipif("avx512vnni" not in LEVELS, reason="this processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("width", ["q8", "q4"])
+def test_whole_numbers_are_the_same_to_the_bit_whatever_multiplies_them(width: str) -> None:
+    """Rows of one token each: attention is its value, so all that instruction sets may differ in is the products."""
+    model, tokens = model_of(MODELS["llama head 64"] | {"d_ff": 80}), ids_of(21)
+    found = {}
+    for level in LEVELS[LEVELS.index("avx512vnni") :]:
+        engine = engine_of(model, width, level=level)
+        found[level] = engine.decode(engine.new_cache(21), tokens)
+        np.testing.assert_array_equal(found[level], found["avx512vnni"])
+        alone = engine.new_cache()
+        np.testing.assert_array_equal(engine.decode(alone, tokens[:1])[0], found[level][0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", ["bfloat16", "q8"])
+def test_what_was_no_number_is_forgotten(width: str, level: str) -> None:
+    """Products of many tokens read whole steps of slots, also those that nobody has written since."""
+    model = model_of(MODELS["llama head 64"])
+    with torch.no_grad():
+        model.tok_emb.weight[7] = torch.nan
+    engine = engine_of(model, width, level=level)
+    cache, texts = engine.new_cache(2), {0: ids_of(9, seed=2), 1: ids_of(10, seed=3)}
+    texts = {row: [8 if token == 7 else token for token in text] for row, text in texts.items()}
+    assert np.isnan(engine.prefill(cache, dict.fromkeys(texts, [7] * 40))).all()
+    engine.reset(cache, [0, 0])
+    found = engine.prefill(cache, texts)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, engine.prefill(engine.new_cache(2), texts))
+
+
 def test_forgotten_tokens_leave_no_trace() -> None:
     engine, ids = engine_of(model_of(MODELS["gpt2"])), ids_of(30)
     cache = engine.new_cache()
@@ -116,8 +160,9 @@ def test_forgotten_tokens_leave_no_trace() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    heads=st.integers(1, 5), group=st.integers(1, 3), head_dim=st.integers(1, 20), d_model=st.integers(2, 70),
-    d_ff=st.integers(1, 70), vocab=st.integers(1, 70), length=st.integers(1, 40), llama=st.booleans(),
+    heads=st.integers(1, 5), group=st.integers(1, 3), head_dim=st.integers(1, 20) | st.sampled_from([32, 64]),
+    d_model=st.integers(2, 70), d_ff=st.integers(1, 70), vocab=st.integers(1, 70), length=st.integers(1, 40),
+    llama=st.booleans(),
     width=st.sampled_from(["float32", "bfloat16", "float16", "q8", "q4"]), level=st.sampled_from(LEVELS),
 )  # fmt: skip
 def test_any_shape(

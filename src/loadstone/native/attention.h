@@ -1,13 +1,15 @@
 // Attention: the cache's keys lie in panels of 16 slots, its values in panels of 16 elements, so that both its products
 // are as any other. Slots are looked at in blocks, with a softmax that goes on from one to the next.
 #pragma once
-#include "products.h"
+#include "worker.h"
 
 namespace loadstone::LEVEL {
 
 struct Attention : Worker {
     using Worker::Worker;
     const int D = config.head_dim, group = config.heads / config.kv_heads;
+    const bool narrow = call.cache->type == BF16, blocks = narrow && in_blocks(AS_BF16, D, M);
+    const int queries = blocks ? BLOCK : TILE;  // that are looked at together
     const int width = padded(config.heads * D), kv_width = padded(config.kv_heads * D);
 
     // Keys of one row, layer and head; the values lie behind them.
@@ -36,22 +38,31 @@ struct Attention : Worker {
                 rotate(k, token);
                 for (int g = 0; g < group; g++) rotate(e.q + size_t(token) * width + (h * group + g) * D, token);
             }
-            put(keys(at.row, layer, h), at.start, k, v);
+            uint8_t *key = keys(at.row, layer, h), *value = key + call.cache->head_bytes;
+            put_key(key, at.start, k);
+            put_value(value, at.start, v);
+            // Products read whole steps of slots. What was there before may be no number, which zero does not hide.
+            const bool last = token == M - 1 || place(token + 1).row != at.row;
+            for (int slot = at.start + 1; last && narrow && M > DECODE && slot % GROUP; slot++)
+                put_value(value, slot, nullptr);
         });
         e.team.barrier();
     }
 
-    // A key is a lane of a panel, as a token is of a tile; a value is a step of panels.
-    void put(uint8_t* to, int slot, const float* k, const float* v) const {
-        const bool narrow = call.cache->type == BF16;
+    // A key is a lane of a panel, as a token is of a tile.
+    void put_key(uint8_t* to, int slot, const float* k) const {
         uint8_t* panel = to + slot / LANES * panel_bytes(call.cache->type, size_t(D));
         Acts acts = {reinterpret_cast<float*>(panel), reinterpret_cast<int32_t*>(panel), nullptr, nullptr, nullptr};
         put_token(acts, k, 0, LANES, slot % LANES, D, narrow ? AS_BF16 : AS_F32);
-        to += call.cache->head_bytes + (narrow ? slot / 2 * 64 + slot % 2 * 2 : slot * 64);
+    }
+
+    // A value is a step of panels; zeros, if none is given.
+    void put_value(uint8_t* to, int slot, const float* v) const {
+        to += narrow ? slot / 2 * 64 + slot % 2 * 2 : slot * 64;
         for (int d = 0; d < D; d += LANES, to += panel_bytes(call.cache->type, size_t(call.cache->slots))) {
             const int count = least(D - d, LANES);
-            uint16_t halves[LANES];
-            if (narrow) put_bf16(halves, v + d, count);
+            uint16_t halves[LANES] = {};
+            if (narrow && v) put_bf16(halves, v + d, count);
             for (int i = 0; i < count && narrow; i++) memcpy(to + i * 4, halves + i, 2);
             if (!narrow) memcpy(to, v + d, size_t(count) * sizeof(float));
         }
@@ -59,14 +70,18 @@ struct Attention : Worker {
 
     // Items are tiles of a key/value head's queries: (token, query head of its group) one after the other.
     void attend(int layer) {
-        const auto tiles = [&](int i) { return config.kv_heads * ((call.spans[i].count * group + TILE - 1) / TILE); };
+        const auto tiles = [&](int i) {
+            return config.kv_heads * ((call.spans[i].count * group + queries - 1) / queries);
+        };
         int total = 0;
         for (int i = 0; i < call.n_spans; i++) total += tiles(i);
+        if (blocks) shape_tiles(64);
         share(e.team, total, 1, [&](int item) {
             item = total - 1 - item;  // the last tokens see most, so they come first
             const Span& span = call.spans[part_of(item, tiles)];
-            const int h = item % config.kv_heads, first = item / config.kv_heads * TILE;
-            in_tiles(least(span.count * group - first, TILE), [&](auto size, int query) {
+            const int h = item % config.kv_heads, first = item / config.kv_heads * queries;
+            const int count = least(span.count * group - first, queries);
+            in_runs<TILES ? BLOCK : TILE, TILE, 4, 2, 1>(count, [&](auto size, int query) {
                 constexpr int T = decltype(size)::value;
                 if (call.cache->type == F32)
                     attend_tile<InF32, T>(span, layer, h, first + query);
@@ -82,7 +97,7 @@ struct Attention : Worker {
     template <class In, int T>
     void attend_tile(const Span& span, int layer, int h, int first) {
         constexpr int32_t TYPE = std::is_same_v<In, InF32> ? F32 : BF16;
-        const int wide = padded(D);
+        const int wide = padded(D), whole = blocks ? GROUP : LANES;  // slots
         const size_t key_stride = panel_bytes(TYPE, D), value_stride = panel_bytes(TYPE, call.cache->slots);
         const uint8_t *k = keys(span.row, layer, h), *v = k + call.cache->head_bytes;
         const void* queries = In::FORM == AS_BF16 ? static_cast<void*>(own.queries.bf16) : own.queries.f32;
@@ -94,16 +109,26 @@ struct Attention : Worker {
             at[t] = size_t(span.first + token) * width + head * D;
             seen[t] = span.start + token + 1;
             highest[t] = -INFINITY, total[t] = 0;
-            put_token(own.queries, e.q + at[t], 0, T, t, D, In::FORM);
+            if (blocks)
+                put_in_block(own.queries, e.q + at[t], size_t(t), D, AS_BF16);
+            else
+                put_token(own.queries, e.q + at[t], 0, T, t, D, In::FORM);
         }
         memset(own.out, 0, sizeof(float) * T * wide);
         for (int from = 0; from < seen[T - 1]; from += SLOTS) {
-            const int n = least(seen[T - 1] - from, SLOTS), panels = (n + LANES - 1) / LANES;
+            const int n = least(seen[T - 1] - from, SLOTS), panels = (n + whole - 1) / whole * (whole / LANES);
             const uint8_t *key = k + from / LANES * key_stride, *value = v + panel_bytes(TYPE, size_t(from));
-            put_sums<In, T, T, 1, false>(key, key_stride, queries, D, panels, own.scores, SLOTS);
+            if (blocks)
+                put_tiles<false>(key, key_stride, queries, {64, 1024, 0, SLOTS, LANES}, D / GROUP, panels, own.scores);
+            else
+                put_sums<In, T, T, 1, false>(key, key_stride, queries, D, panels, own.scores, SLOTS);
             for (int t = 0; t < T; t++)
                 soften<In>(own.scores + t * SLOTS, seen[t] - from, panels, highest[t], total[t], own.out + t * wide);
-            put_sums<In, T, 1, SLOTS, true>(value, value_stride, own.scores, n, wide / LANES, own.out, wide);
+            if (blocks)
+                put_tiles<true>(value, value_stride, own.scores, {4 * SLOTS, 64, 0, wide, LANES}, panels / 2,
+                                wide / LANES, own.out);
+            else
+                put_sums<In, T, 1, SLOTS, true>(value, value_stride, own.scores, n, wide / LANES, own.out, wide);
         }
         for (int t = 0; t < T; t++)
             for (int d = 0; d < D; d++) e.attended[at[t] + d] = own.out[t * wide + d] / total[t];
@@ -122,6 +147,16 @@ struct Attention : Worker {
                     float* to = out + t * row + (panel + p) * LANES;
                     store(to, ADD ? load(to) + c[p][t] : c[p][t]);
                 }
+        });
+    }
+
+    // The same by tiles, of a block's rows.
+    template <bool ADD>
+    static ALWAYS void put_tiles(const uint8_t* w, size_t stride, const void* x, Layout at, int steps, int panels,
+                                 float* out) {
+        in_runs<2, 1>(panels, [&](auto count, int panel) {
+            multiply_tiles<decltype(count)::value, 1, ADD>(w + panel * stride, stride, x, at, steps,
+                                                           out + panel * LANES);
         });
     }
 

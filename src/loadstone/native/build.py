@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_engine.so"
 ONCE, PER_LEVEL = ("engine.cpp", "team.cpp"), "level.cpp"
-HEADERS = "engine.h vectors.h products.h attention.h forward.h packing.h".split()
+HEADERS = "engine.h vectors.h products.h tiles.h worker.h attention.h forward.h packing.h".split()
 SOURCES = tuple(HERE / name for name in (*HEADERS, *ONCE, PER_LEVEL))
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
 LEVELS: dict[str, Sequence[str]] = {
@@ -25,6 +25,7 @@ LEVELS: dict[str, Sequence[str]] = {
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 _FLAGS = (
     "-std=c++17 -O3 -fPIC -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra -Wno-psabi "

@@ -3,7 +3,12 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <new>
 
@@ -11,16 +16,26 @@
 
 namespace loadstone {
 
-extern const Level portable_level, avx2_level, avx512_level, avx512vnni_level, avx512bf16_level;
+extern const Level portable_level, avx2_level, avx512_level, avx512vnni_level, avx512bf16_level, amx_level;
 
 // From the plainest to the best.
 static const Level* const LEVELS[] = {
     &portable_level,
 #if defined(__x86_64__)
-    &avx2_level, &avx512_level, &avx512vnni_level, &avx512bf16_level,
+    &avx2_level, &avx512_level, &avx512vnni_level, &avx512bf16_level, &amx_level,
 #endif
 };
 constexpr int N_LEVELS = sizeof LEVELS / sizeof *LEVELS;
+
+#if defined(__x86_64__)
+// Tiles must be asked for: their state is large, and the system saves it for those who do.
+static bool has_tiles() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d = 0;
+    const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1;
+    return known && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+#endif
 
 static bool runs(int level) {
 #if defined(__x86_64__)
@@ -29,7 +44,8 @@ static bool runs(int level) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    const bool can[] = {true, avx2, avx512, vnni, vnni && __builtin_cpu_supports("avx512bf16")};
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    const bool can[] = {true, avx2, avx512, vnni, bf16, bf16 && level == N_LEVELS - 1 && has_tiles()};
     return level >= 0 && level < N_LEVELS && can[level];
 #else
     return level == 0;
@@ -117,7 +133,7 @@ static size_t lay_out_tokens(Engine& e, size_t tokens) {
     e.q = pieces.take<float>(tokens * q), e.attended = pieces.take<float>(tokens * q);
     e.k = pieces.take<float>(tokens * kv), e.v = pieces.take<float>(tokens * kv);
     e.angles = pieces.take<float>(tokens * size_t(c.rope_dims));
-    e.acts = acts(pieces, tokens, longest(c));
+    e.acts = acts(pieces, size_t(padded(int(tokens))), longest(c));  // whole blocks
     return pieces.used;
 }
 
@@ -140,7 +156,8 @@ static void lay_out(Engine& e, const int32_t* types) {
     const size_t most = longest(c), head = size_t(padded(c.head_dim));
     for (int i = 0; i < e.team.size; i++)
         e.own[i] = {acts(pieces, 1, most), acts(pieces, WIDEST, head), pieces.take<float>(most),
-                    pieces.take<float>(size_t(WIDEST) * SLOTS), pieces.take<float>(WIDEST * head)};
+                    pieces.take<float>(size_t(WIDEST) * SLOTS), pieces.take<float>(WIDEST * head),
+                    pieces.take<uint8_t>(most * LANES)};
     e.scratch = pieces.used;
     e.bytes = lay_out_tokens(e, CHUNK);
 }
@@ -220,7 +237,7 @@ API int ls_row(const Engine* e, int slot, int row, float* out) {
 API Cache* ls_cache_open(const Engine* e, int rows, int slots) {
     const Config& c = e->config;
     if (rows < 1 || slots < 1 || slots > c.context) return nullptr;
-    Cache cache{rows, padded(slots), c.narrow_cache ? BF16 : F32, 0, 0, nullptr};
+    Cache cache{rows, (slots + GROUP - 1) / GROUP * GROUP, c.narrow_cache ? BF16 : F32, 0, 0, nullptr};
     cache.head_bytes = size_t(cache.slots) * size_t(padded(c.head_dim)) * (c.narrow_cache ? 2 : 4);
     cache.bytes = PAGE + size_t(rows) * size_t(c.layers) * size_t(c.kv_heads) * 2 * cache.head_bytes;
     uint8_t* place = reserve(cache.bytes, false);

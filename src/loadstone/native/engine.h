@@ -16,7 +16,7 @@ namespace loadstone {
 
 constexpr int LANES = 16;    // rows of a panel
 constexpr int GROUP = 32;    // weights that share a scale
-constexpr int WIDEST = 12;   // most tokens that are multiplied at once
+constexpr int WIDEST = 16;   // most tokens that are multiplied at once
 constexpr int CHUNK = 512;   // most tokens that go through the layers together
 constexpr int SLOTS = 256;   // cache slots that attention looks at together
 constexpr int DECODE = 4;    // up to so many tokens, bf16 weights meet float32 activations
@@ -71,7 +71,7 @@ struct Acts {
 };
 
 struct Cache {
-    int32_t rows, slots, type;  // slots: a multiple of 16; type: F32 or BF16
+    int32_t rows, slots, type;  // slots: a multiple of 32; type: F32 or BF16
     size_t bytes, head_bytes;   // head_bytes: of the keys, or the values, of one row, layer and head
     uint8_t* data;
 };
@@ -142,6 +142,7 @@ void give_back(const uint8_t* from, const uint8_t* to);
 struct Own {
     Acts acts, queries;         // of one token; of WIDEST, [D]
     float *row, *scores, *out;  // [longest row], [WIDEST][SLOTS], [WIDEST][D]
+    uint8_t* numbers;           // of a panel of groups, a byte each
 };
 
 struct Level {

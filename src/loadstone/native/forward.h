@@ -18,6 +18,7 @@ struct Forward : Attention {
             add_branch(layer, DOWN, e.hidden, DOWN_B);
         }
         if (call.n_wanted) head();
+        if (TILES && M > DECODE) shape_tiles(0);
     }
 
     void embed() {
@@ -70,36 +71,24 @@ struct Forward : Attention {
         attend(layer);
     }
 
+    // hidden = activation(up), or activation(gate) * up.
     void mlp_inner(int layer) {
         const Matrix* both[] = {matrix(layer, UP), matrix(layer, GATE)};
-        const float *up_bias = vector(layer, UP_B), *gate_bias = vector(layer, GATE_B);
         const Acts& a = prepare(both, config.gated ? 2 : 1, M, [&](int token, float* to) {
             return normed(e.x + size_t(token) * row, vector(layer, NORM2), vector(layer, NORM2_B), to);
         });
-        if (config.gated)
-            gated(*both[1], *both[0], a, gate_bias, up_bias);
-        else
-            products(both, 1, a, M, [&](int, int panel, int token, v16 y) {
-                store(e.hidden + size_t(token) * inner + panel * LANES,
-                      activate(config.activation, y + load(up_bias + panel * LANES)));
+        const auto pass = [&](const Matrix* m, int bias_of, auto value) {
+            const float* bias = vector(layer, bias_of);
+            products(&m, 1, a, M, [&](int, int panel, int token, v16 y) {
+                float* to = e.hidden + size_t(token) * inner + panel * LANES;
+                store(to, value(y + load(bias + panel * LANES), to));
             });
-        e.team.barrier();
-    }
-
-    // hidden = activation(gate) * up, tile by tile.
-    void gated(const Matrix& gate, const Matrix& up, const Acts& a, const float* gate_bias, const float* up_bias) {
-        const int total = gate.panels();
-        share(e.team, total, grain(total, M), [&](int panel) {
-            const v16 gb = load(gate_bias + panel * LANES), ub = load(up_bias + panel * LANES);
-            in_tiles(M, [&](auto size, int token) {
-                v16 g[1][decltype(size)::value], u[1][decltype(size)::value];
-                multiply_tile(gate, panel, a, size_t(token), M, g);
-                multiply_tile(up, panel, a, size_t(token), M, u);
-                for (int t = 0; t < size; t++)
-                    store(e.hidden + size_t(token + t) * inner + panel * LANES,
-                          activate(config.activation, g[0][t] + gb) * (u[0][t] + ub));
-            });
-        });
+            e.team.barrier();
+        };
+        const auto activated = [&](v16 y, const float*) { return activate(config.activation, y); };
+        if (!config.gated) return pass(both[0], UP_B, activated);
+        pass(both[1], GATE_B, activated);
+        pass(both[0], UP_B, [](v16 y, const float* gate) { return load(gate) * y; });
     }
 
     // x += matrix times what one of the branches ended in.

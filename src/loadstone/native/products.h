@@ -85,7 +85,7 @@ static void unpack(const Matrix& m, int row, float* out) {
 // ---- the forms of tokens ----
 
 // 32 numbers to whole ones of up to 127 steps; what is left of the last group is zeros.
-static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int t, int cols) {
+static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int t, int cols, bool in_block = false) {
     const int groups = (cols + GROUP - 1) / GROUP;
     for (int g = 0; g < groups; g++) {
         float last[GROUP] = {};
@@ -95,7 +95,7 @@ static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int 
         float most = largest(larger(absolute(x[0]), absolute(x[1])));
         if (!(most <= 3.4e38f)) most = NAN;  // infinite, or no number: nor is what follows
         const float inverse = most > 0 ? 127 / most : 0;
-        int32_t* to = a.i8 + (token * groups + size_t(g) * T) * 8 + t;
+        int32_t* to = a.i8 + (token * groups + size_t(g) * T) * 8 + (in_block ? t * 8 : t);
         i16 sums = {};
         for (int half = 0; half < 2; half++) {
             const i16 q = rounded(x[half] * inverse);
@@ -103,7 +103,7 @@ static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int 
             const b16 bytes = __builtin_convertvector(q, b16);
             int32_t quads[4];
             memcpy(quads, &bytes, 16);
-            UNROLL for (int i = 0; i < 4; i++) to[size_t(half * 4 + i) * T] = quads[i];
+            UNROLL for (int i = 0; i < 4; i++) to[size_t(half * 4 + i) * size_t(in_block ? 1 : T)] = quads[i];
         }
         a.scale[token * groups + size_t(g) * T + t] = most / 127;
         a.sum[token * groups + size_t(g) * T + t] = sum(sums);
@@ -226,89 +226,5 @@ template <class Work>
 static ALWAYS void in_tiles(int n_tokens, Work work) {
     in_runs<TILE, 4, 2, 1>(n_tokens, work);
 }
-
-// ---- what threads share ----
-
-// Calls work(item) for items that no other thread has, until all are taken.
-template <class Work>
-static ALWAYS void share(Team& team, int total, int grain, Work work) {
-    for (int first; (first = team.take(grain)) < total;)
-        for (int item = first; item < least(total, first + grain); item++) work(item);
-}
-
-// Which part an item lies in, of parts of count(part) items each; the item becomes its place there.
-template <class Count>
-static ALWAYS int part_of(int& item, Count count) {
-    int part = 0;
-    for (int n; item >= (n = count(part)); part++) item -= n;
-    return part;
-}
-
-struct Worker {
-    Engine& e;
-    const Config& config;
-    const Call& call;
-    Own& own;
-    const int M;
-
-    Worker(Engine& engine, const Call& of, int thread)
-        : e(engine), config(engine.config), call(of), own(engine.own[thread]), M(of.n_tokens) {}
-
-    const Matrix* matrix(int layer, int which) const { return &e.matrices[layer * MATRICES + which]; }
-    const float* vector(int layer, int which) const { return e.vectors[layer * VECTORS + which]; }
-    const float* other(int which) const { return e.vectors[config.layers * VECTORS + which]; }
-
-    // One of the call's tokens, as a span of its own.
-    Span place(int token) const {
-        int behind = token;
-        const Span& span = call.spans[part_of(behind, [&](int i) { return call.spans[i].count; })];
-        return {span.row, token, 1, span.start + behind};
-    }
-
-    // Brings `n_tokens` rows of `cols` floats into the forms that products with these matrices read; fill(token, row)
-    // gives a row, or a pointer to one. A single token is brought by every thread for itself.
-    template <class Fill>
-    const Acts& prepare(const Matrix* const* matrices, int count, int n_tokens, Fill fill) {
-        const int cols = matrices[0]->cols;
-        int forms = 0;
-        for (int i = 0; i < count; i++) forms |= form(*matrices[i], n_tokens);
-        if (n_tokens == 1) return put_token(own.acts, fill(0, own.row), 0, 1, 0, cols, forms), own.acts;
-        share(e.team, (n_tokens + TILE - 1) / TILE, 1, [&](int item) {
-            in_tiles(least(n_tokens - item * TILE, TILE), [&](auto size, int first) {
-                const int token = item * TILE + first;
-                for (int t = 0; t < size; t++)
-                    put_token(e.acts, fill(token + t, own.row), size_t(token), size, t, cols, forms);
-            });
-        });
-        e.team.barrier();
-        return e.acts;
-    }
-
-    // Calls put(which, panel, token, y) with the rows of a panel of matrix `which` times a token.
-    template <class Put>
-    void products(const Matrix* const* matrices, int count, const Acts& a, int n_tokens, Put put) {
-        const auto items = [&](int which) { return (matrices[which]->panels() + PANELS - 1) / PANELS; };
-        int total = 0;
-        for (int i = 0; i < count; i++) total += items(i);
-        share(e.team, total, grain(total, n_tokens), [&](int item) {
-            const int which = part_of(item, items), first = item * PANELS;
-            const Matrix& m = *matrices[which];
-            in_runs<PANELS, 1>(least(m.panels() - first, PANELS), [&](auto panels, int panel) {
-                in_tiles(n_tokens, [&](auto size, int token) {
-                    v16 c[decltype(panels)::value][decltype(size)::value];
-                    multiply_tile(m, first + panel, a, size_t(token), n_tokens, c);
-                    for (int t = 0; t < size; t++)
-                        for (int p = 0; p < panels; p++) put(which, first + panel + p, token + t, c[p][t]);
-                });
-            });
-        });
-    }
-
-    // How many items a thread takes at once: few tokens make small items, so more of them.
-    int grain(int total, int n_tokens) const {
-        const int share = total / (8 * e.team.size);
-        return n_tokens > DECODE || share < 1 ? 1 : share;
-    }
-};
 
 }  // namespace loadstone::LEVEL

@@ -17,6 +17,7 @@ namespace loadstone::LEVEL {
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef int8_t b16 __attribute__((vector_size(16)));
+typedef int8_t b64 __attribute__((vector_size(64)));
 typedef int16_t s32 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef v16 v16u __attribute__((aligned(4), may_alias));  // as they lie in memory
@@ -59,6 +60,12 @@ constexpr int PANELS = 2, TILE = 12;
 constexpr int PANELS = 1, TILE = 6;
 #else
 constexpr int PANELS = 1, TILE = 4;
+#endif
+
+#if defined(__AMX_TILE__)
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
 #endif
 
 static ALWAYS v16 load_half(const void* p) {
