@@ -69,7 +69,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     """SIGKILL at any moment: while text is read, in a step, while a checkpoint is written."""
     folder, killed = tmp_path / "killed", 0
-    arguments = ("train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN)
+    arguments: list[str | Path] = ["train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN]
     begin = command(*arguments)
     for attempt in range(30):
         resume = ["--resume"] if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()) else []
