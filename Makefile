@@ -1,7 +1,7 @@
 # make demo    the model that comes with the package; then real pretrained weights, and a chat with them
 # make test    what every change must pass
 # make lint    style and types
-# make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers)
+# make peers   compare with transformers, llama.cpp and TensorFlow (installs them into .venv-peers); convert 13.5 GB
 # make native-sanitize  the native engine's tests under ASan, UBSan and TSan (g++ and its sanitizers are needed)
 # make max     the tests of `--engine max` (installs it: 240 MB)
 # make fuzz    coverage-guided fuzzing of every reader (RUNS=100000 files per format; about an hour)
@@ -47,8 +47,10 @@ demo: $(VENV)/installed
 	@$(RUN) chat smollm2 --prompt "What is the capital of France?" --temperature 0
 	@printf '\nYour turn:  . $(VENV)/bin/activate && loadstone chat smollm2\n'
 
+# worksteal: each worker keeps to its half of the files, so that what a module prepares is prepared once; the first to be
+# done helps the other.
 test: $(VENV)/tools
-	$(VENV)/bin/python -m pytest --numprocesses 2 --ignore tests/peers
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/peers
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
@@ -68,6 +70,7 @@ peers-install: $(PEERS)/installed
 
 peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest tests/peers -p no:cacheprovider
+	LARGE_LAYERS=32 $(PEERS)/bin/python -m pytest tests/test_large.py -p no:cacheprovider
 
 max: $(VENV)/tools
 	$(VENV)/bin/pip $(PIP_FLAGS) -e ".[max]"

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from conftest import Run
 from loadstone import certificate
 from loadstone.errors import FormatError
 from loadstone.load import load
@@ -319,40 +321,49 @@ def begun(folder: Path, text: Path) -> subprocess.Popen[str]:
     return process
 
 
-def require_resumable(folder: Path) -> None:
-    """The last checkpoint is whole, and one process goes on from it."""
+def require_resumable(run: Run, folder: Path) -> None:
+    """The last checkpoint is whole, and one process goes on from it: this one, until Ctrl-C."""
     last = steps_of(folder)
     assert all(check.ok for check in certificate.check(folder / "checkpoints" / f"step-{last:08d}"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loadstone", "train", "--run", str(folder), "--resume"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    patience = time.monotonic() + PATIENCE
-    while steps_of(folder) <= last + 2 and process.poll() is None and time.monotonic() < patience:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, err
+    over = Event()
+
+    def interrupt() -> None:
+        patience = time.monotonic() + PATIENCE
+        while steps_of(folder) <= last + 2 and time.monotonic() < patience and not over.is_set():
+            time.sleep(0.02)
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watching = Thread(target=interrupt)
+    watching.start()
+    try:
+        status, out, err = run("train", "--run", folder, "--resume")
+    finally:
+        over.set()
+        watching.join()
+    assert status == 130, err
     assert "all is saved" in out
 
 
-def test_a_killed_process_ends_the_others_and_the_last_checkpoint_is_whole(text: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_others_and_the_last_checkpoint_is_whole(
+    run: Run, text: Path, tmp_path: Path
+) -> None:
     process = begun(tmp_path / "run", text)
     victim = children(process)[1]
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert err.count("loadstone: process 0 of 2 lost another one, which was killed or cannot be reached") == 1
-    require_resumable(tmp_path / "run")
+    require_resumable(run, tmp_path / "run")
 
 
-def test_a_signal_to_torchrun_saves(text: Path, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_saves(run: Run, text: Path, tmp_path: Path) -> None:
     process = begun(tmp_path / "run", text)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE)
     assert out.count("all is saved") == 1, err
     assert "loadstone: " not in err
-    require_resumable(tmp_path / "run")
+    require_resumable(run, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loadstone
+from loadstone.cli import main
 from loadstone.load import load
 
 TEXT = "\n".join(f"The {a} {b} saw the {c} {d}." for a in ("old", "new", "red") for b in ("cat", "dog", "hen", "fox")
@@ -30,8 +34,13 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "loadstone", *map(str, arguments)]
 
 
-def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that are killed, whose bytes must be those of runs in this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +54,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(text: Path) -> Path:
     """A run that nobody disturbed."""
     folder = text.parent / "whole"
-    done = process("train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["why"] == "done"
+    flags = ["--run", str(folder), "--data", str(text), "--tokenizer", "char", *MODEL, *RUN, "--json"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.setattr(sys, "argv", ["loadstone", "train", *flags])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert not end.value.code
+    assert json.loads(out.getvalue())["why"] == "done"
     return folder
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(text: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    run: Run, text: Path, whole: Path, tmp_path: Path
+) -> None:
     """SIGKILL at any moment: while text is read, in a step, while a checkpoint is written."""
     folder, killed = tmp_path / "killed", 0
-    begin = command("train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN)
+    arguments: list[str | Path] = ["train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN]
+    begin = command(*arguments)
     for attempt in range(30):
         resume = ["--resume"] if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()) else []
         if not resume and folder.exists():
@@ -72,8 +88,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(text: Path, whole
         if killed >= 4 or child.returncode == 0:
             break
     assert killed >= 3
-    done = subprocess.run([*begin, "--resume"], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    status, _, err = run(*arguments, "--resume")
+    assert status == 0, err
     for file in ("model.safetensors", "training/state.safetensors"):
         assert (folder / "latest" / file).read_bytes() == (whole / "latest" / file).read_bytes()
 
@@ -83,7 +99,7 @@ def steps_of(folder: Path) -> int:
     return max((int(name[5:]) for name in found), default=-1)
 
 
-def test_ctrl_c_saves_and_leaves(text: Path, whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_leaves(run: Run, text: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     begin = command("train", "--run", folder, "--data", text, "--tokenizer", "char", *MODEL, *RUN)
     child = subprocess.Popen(begin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
@@ -94,8 +110,8 @@ def test_ctrl_c_saves_and_leaves(text: Path, whole: Path, tmp_path: Path) -> Non
     assert child.returncode == 130, err
     assert "all is saved" in out
     assert "Traceback" not in err
-    again = process("train", "--run", folder, "--resume")  # run.json remembers everything else
-    assert again.returncode == 0, again.stderr
+    status, _, err = run("train", "--run", folder, "--resume")  # run.json remembers everything else
+    assert status == 0, err
     assert (folder / "latest/model.safetensors").read_bytes() == (whole / "latest/model.safetensors").read_bytes()
 
 
