@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loadstone.config import GPTConfig, Rope
@@ -225,11 +225,12 @@ def test_repetition_penalty_by_hand() -> None:
 
 @given(st.lists(st.floats(-5, 5), min_size=3, max_size=8), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
+@example([0.0, 0.0, 1.898996544192614e-44], 0)
 def test_the_likeliest_token_survives_every_filter(scores: list[float], seed: int) -> None:
     row = np.array(scores, np.float32)
     sampling = Sampling(temperature=0.7, top_k=2, top_p=0.3, min_p=0.9)
-    assert row.argmax() in candidates(row, [], sampling)[0]
-    assert row[choose(row[None], [[]], sampling, [np.random.default_rng(seed)])[0]] >= np.sort(row)[-2]
+    assert row[candidates(row, [], sampling)[0]].max() > row.max() - 1e-6  # closer ones may have become equal
+    assert row[choose(row[None], [[]], sampling, [np.random.default_rng(seed)])[0]] > np.sort(row)[-2] - 1e-6
 
 
 def test_sampled_frequencies_follow_the_probabilities() -> None:
