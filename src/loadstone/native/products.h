@@ -98,7 +98,7 @@ static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int 
         int32_t* to = a.i8 + (token * groups + size_t(g) * T) * 8 + (in_block ? t * 8 : t);
         i16 sums = {};
         for (int half = 0; half < 2; half++) {
-            const i16 q = rounded(x[half] * inverse);
+            const i16 q = rounded(smaller(x[half] * inverse, splat(127.0f)));  // what is no number: its scale is none
             sums += q;
             const b16 bytes = __builtin_convertvector(q, b16);
             int32_t quads[4];

@@ -24,7 +24,7 @@ static ALWAYS void put_in_block(Acts& a, const float* row, size_t token, int col
 template <class In>
 static ALWAYS void to_signed(const uint8_t* w, int groups, uint8_t* out) {
     for (int g = 0; g < groups; g++, w += In::BYTES)
-        UNROLL for (int j = 0; j < 8; j++, out += 64) store(out, (v16)((b64)In::quad(w, j) - int8_t(In::OFFSET)));
+        UNROLL for (int j = 0; j < 8; j++, out += 64) store(out, (v16)((b64)In::quad(w, j) - uint8_t(In::OFFSET)));
 }
 
 #if defined(__AMX_TILE__)

@@ -17,7 +17,7 @@ namespace loadstone::LEVEL {
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef int8_t b16 __attribute__((vector_size(16)));
-typedef int8_t b64 __attribute__((vector_size(64)));
+typedef uint8_t b64 __attribute__((vector_size(64)));
 typedef int16_t s32 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef v16 v16u __attribute__((aligned(4), may_alias));  // as they lie in memory
