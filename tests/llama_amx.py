@@ -29,6 +29,7 @@ def without_amx() -> None:
 
     def params() -> Any:
         found = defaults()
+        assert hasattr(found, "use_extra_bufts")
         found.use_extra_bufts = False
         return found
 

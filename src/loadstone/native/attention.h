@@ -41,10 +41,10 @@ struct Attention : Worker {
             uint8_t *key = keys(at.row, layer, h), *value = key + call.cache->head_bytes;
             put_key(key, at.start, k);
             put_value(value, at.start, v);
-            // Products read whole steps of slots. What was there before may be no number, which zero does not hide.
-            const bool last = token == M - 1 || place(token + 1).row != at.row;
-            for (int slot = at.start + 1; last && narrow && M > DECODE && slot % GROUP; slot++)
-                put_value(value, slot, nullptr);
+            // Products of pairs and tiles read whole steps of slots. What an earlier text left behind this one may be
+            // no number, which a weight of zero does not hide.
+            if (!narrow || !BF16_DOT || M <= DECODE || (token < M - 1 && place(token + 1).row == at.row)) return;
+            for (int slot = at.start + 1; slot % (blocks ? GROUP : 2); slot++) put_value(value, slot, nullptr);
         });
         e.team.barrier();
     }
@@ -81,7 +81,7 @@ struct Attention : Worker {
             const Span& span = call.spans[part_of(item, tiles)];
             const int h = item % config.kv_heads, first = item / config.kv_heads * queries;
             const int count = least(span.count * group - first, queries);
-            in_runs<TILES ? BLOCK : TILE, TILE, 4, 2, 1>(count, [&](auto size, int query) {
+            in_runs<AMX ? BLOCK : TILE, TILE, 4, 2, 1>(count, [&](auto size, int query) {
                 constexpr int T = decltype(size)::value;
                 if (call.cache->type == F32)
                     attend_tile<InF32, T>(span, layer, h, first + query);
@@ -100,7 +100,7 @@ struct Attention : Worker {
         const int wide = padded(D), whole = blocks ? GROUP : LANES;  // slots
         const size_t key_stride = panel_bytes(TYPE, D), value_stride = panel_bytes(TYPE, call.cache->slots);
         const uint8_t *k = keys(span.row, layer, h), *v = k + call.cache->head_bytes;
-        const void* queries = In::FORM == AS_BF16 ? static_cast<void*>(own.queries.bf16) : own.queries.f32;
+        const void* asked = In::FORM == AS_BF16 ? static_cast<void*>(own.queries.bf16) : own.queries.f32;
         size_t at[T];
         int seen[T];
         float highest[T], total[T];
@@ -119,9 +119,9 @@ struct Attention : Worker {
             const int n = least(seen[T - 1] - from, SLOTS), panels = (n + whole - 1) / whole * (whole / LANES);
             const uint8_t *key = k + from / LANES * key_stride, *value = v + panel_bytes(TYPE, size_t(from));
             if (blocks)
-                put_tiles<false>(key, key_stride, queries, {64, 1024, 0, SLOTS, LANES}, D / GROUP, panels, own.scores);
+                put_tiles<false>(key, key_stride, asked, {64, 1024, 0, SLOTS, LANES}, D / GROUP, panels, own.scores);
             else
-                put_sums<In, T, T, 1, false>(key, key_stride, queries, D, panels, own.scores, SLOTS);
+                put_sums<In, T, T, 1, false>(key, key_stride, asked, D, panels, own.scores, SLOTS);
             for (int t = 0; t < T; t++)
                 soften<In>(own.scores + t * SLOTS, seen[t] - from, panels, highest[t], total[t], own.out + t * wide);
             if (blocks)

@@ -16,7 +16,7 @@ namespace loadstone {
 
 constexpr int LANES = 16;    // rows of a panel
 constexpr int GROUP = 32;    // weights that share a scale
-constexpr int WIDEST = 16;   // most tokens that are multiplied at once
+constexpr int WIDEST = 16;   // most tokens that are multiplied at once, in registers or as a block (tiles.h)
 constexpr int CHUNK = 512;   // most tokens that go through the layers together
 constexpr int SLOTS = 256;   // cache slots that attention looks at together
 constexpr int DECODE = 4;    // up to so many tokens, bf16 weights meet float32 activations

@@ -18,7 +18,7 @@ struct Forward : Attention {
             add_branch(layer, DOWN, e.hidden, DOWN_B);
         }
         if (call.n_wanted) head();
-        if (TILES && M > DECODE) shape_tiles(0);
+        if (AMX && M > DECODE) shape_tiles(0);
     }
 
     void embed() {
@@ -71,7 +71,7 @@ struct Forward : Attention {
         attend(layer);
     }
 
-    // hidden = activation(up), or activation(gate) * up.
+    // hidden = activation(up), or activation(gate) * up: in two passes, so that one product serves both kinds.
     void mlp_inner(int layer) {
         const Matrix* both[] = {matrix(layer, UP), matrix(layer, GATE)};
         const Acts& a = prepare(both, config.gated ? 2 : 1, M, [&](int token, float* to) {

@@ -1,5 +1,5 @@
 // Products of a matrix in panels with tokens in tiles: one function, `multiply`, in one form for each way of storing
-// numbers (and one more for whole numbers in groups), for P panels times T tokens; and how threads share them.
+// numbers (and one more for whole numbers in groups), for P panels times T tokens.
 #pragma once
 #include <type_traits>
 
@@ -98,7 +98,8 @@ static ALWAYS void quantise(Acts& a, const float* row, size_t token, int T, int 
         int32_t* to = a.i8 + (token * groups + size_t(g) * T) * 8 + (in_block ? t * 8 : t);
         i16 sums = {};
         for (int half = 0; half < 2; half++) {
-            const i16 q = rounded(smaller(x[half] * inverse, splat(127.0f)));  // what is no number: its scale is none
+            // Within 127 but for what is no number, and for groups so small that their inverse is infinite.
+            const i16 q = rounded(larger(smaller(x[half] * inverse, splat(127.0f)), splat(-127.0f)));
             sums += q;
             const b16 bytes = __builtin_convertvector(q, b16);
             int32_t quads[4];

@@ -6,10 +6,11 @@
 namespace loadstone::LEVEL {
 
 constexpr int BLOCK = 16;  // tokens
+static_assert(BLOCK <= WIDEST && TILE <= WIDEST && SLOTS % GROUP == 0, "what attention has room for");
 
 // Which of these forms a call's tokens take in blocks.
 static ALWAYS int in_blocks(int forms, int cols, int n_tokens) {
-    return !TILES || n_tokens <= DECODE ? 0 : forms & (cols % GROUP ? AS_I8 : AS_I8 | AS_BF16);
+    return !AMX || n_tokens <= DECODE ? 0 : forms & (cols % GROUP ? AS_I8 : AS_I8 | AS_BF16);
 }
 
 static ALWAYS void put_in_block(Acts& a, const float* row, size_t token, int cols, int forms) {
@@ -27,6 +28,10 @@ static ALWAYS void to_signed(const uint8_t* w, int groups, uint8_t* out) {
         UNROLL for (int j = 0; j < 8; j++, out += 64) store(out, (v16)((b64)In::quad(w, j) - uint8_t(In::OFFSET)));
 }
 
+// Where tokens lie, and their products: bytes from a token to the next, from a step of 32 numbers to the next, and from
+// a block; floats from a token's sums to the next's, and from a panel's.
+struct Layout { int row, step; size_t block; int sums, panel; };
+
 #if defined(__AMX_TILE__)
 
 // What lies there is what tiles will read: the compiler does not know that their instructions do.
@@ -42,21 +47,17 @@ static ALWAYS void shape_tiles(int bytes) {
     }
     in_memory(&shape);
     _tile_loadconfig(&shape);
+    in_memory(&shape);
 }
-
-// Where tokens lie, and their products: bytes from a token to the next, from a step of 32 numbers to the next, and from
-// a block; floats from a token's sums to the next's, and from a panel's.
-struct Layout { int row, step; size_t block; int sums, panel; };
 
 // c = (or, ADD, +=) P panels times B blocks.
 template <int P, int B, bool ADD>
 static ALWAYS void multiply_tiles(const uint8_t* w, size_t stride, const void* tokens, Layout at, int steps, float* c) {
     const auto* x = static_cast<const uint8_t*>(tokens);
     in_memory(x);
-    float* const c1 = c + BLOCK * at.sums;
     const int row = at.sums * int(sizeof(float));
+    static_assert(!ADD || B == 1);
     if (ADD) {
-        static_assert(!ADD || B == 1);
         _tile_loadd(0, c, row);
         if (P > 1) _tile_loadd(2, c + at.panel, row);
     } else {
@@ -80,9 +81,9 @@ static ALWAYS void multiply_tiles(const uint8_t* w, size_t stride, const void* t
         if (B > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, row);
-    if (B > 1) _tile_stored(1, c1, row);
+    if (B > 1) _tile_stored(1, c + BLOCK * at.sums, row);
     if (P > 1) _tile_stored(2, c + at.panel, row);
-    if (B > 1 && P > 1) _tile_stored(3, c1 + at.panel, row);
+    if (B > 1 && P > 1) _tile_stored(3, c + BLOCK * at.sums + at.panel, row);
 }
 
 // c = a panel, of which `bytes` holds the numbers, times a block: the sums of `multiply_groups`, to the bit.
@@ -112,7 +113,6 @@ static ALWAYS void multiply_group_tiles(const uint8_t* w, const uint8_t* bytes, 
 #else  // named, never called
 
 static ALWAYS void shape_tiles(int) {}
-struct Layout { int row, step; size_t block; int sums, panel; };
 template <int P, int B, bool ADD>
 static ALWAYS void multiply_tiles(const uint8_t*, size_t, const void*, Layout, int, float*) {}
 template <class In>

@@ -63,9 +63,9 @@ constexpr int PANELS = 1, TILE = 4;
 #endif
 
 #if defined(__AMX_TILE__)
-constexpr bool TILES = true;
+constexpr bool AMX = true;
 #else
-constexpr bool TILES = false;
+constexpr bool AMX = false;
 #endif
 
 static ALWAYS v16 load_half(const void* p) {

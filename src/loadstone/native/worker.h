@@ -96,11 +96,11 @@ struct Worker {
         shape_tiles(form(m, n_tokens) == AS_BF16 ? 64 : 32);
         by_type(m.type, [&](auto in) {
             typedef decltype(in) In;
-            if constexpr (In::FORM == AS_F32)
+            if constexpr (In::FORM == AS_F32)  // bfloat16, of those that lie in blocks
                 in_runs<2, 1>(n_blocks, [&](auto count, int block) {
                     constexpr int B = decltype(count)::value;
                     v16 y[P][B][BLOCK];
-                    const size_t length = size_t(BLOCK * m.cols);
+                    const size_t length = size_t(BLOCK) * size_t(m.cols);
                     multiply_tiles<P, B, false>(m.panel(panel), m.stride(), a.bf16 + size_t(block) * length / 2,
                                                 {64, 1024, length * 2, LANES, B * BLOCK * LANES}, groups,
                                                 reinterpret_cast<float*>(y));
@@ -113,7 +113,7 @@ struct Worker {
                     to_signed<In>(w, groups, own.numbers);
                     for (int block = 0; block < n_blocks; block++) {
                         v16 y[BLOCK];
-                        multiply_group_tiles<In>(w, own.numbers, a, size_t(block * BLOCK * groups), groups, y);
+                        multiply_group_tiles<In>(w, own.numbers, a, size_t(block) * BLOCK * size_t(groups), groups, y);
                         put_block(p, block * BLOCK, y);
                     }
                 }
