@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -31,6 +31,7 @@ from train.runs import weights_of
 
 LOCAL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
 ENVIRONMENT = {**os.environ, **LOCAL}
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATIENCE = 300  # seconds; a launch takes 5 on an idle machine
 TEXT = "\n".join(f"The {a} {b} saw the {c}." for a in ("old", "new", "red") for b in ("cat", "dog", "hen", "fox")
                  for c in ("big", "sad", "shy"))  # fmt: skip
@@ -93,15 +94,6 @@ def require_alike(folder: Path, other: Path, after: int = 0) -> None:
 
 
 # -- training as one process does, and going on where others stopped
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that are compared; and threads that wait for each other on a busy machine take minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

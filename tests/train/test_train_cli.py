@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import loadstone
 from loadstone.cli import main
@@ -28,19 +27,11 @@ MODEL = ["--set", "d_model=16", "--set", "n_layers=2", "--set", "n_heads=2", "--
 RUN = ["--steps", "30", "--batch-size", "4", "--eval-every", "10", "--save-every", "1", "--validation", "0.1"]
 Run = Callable[..., tuple[int, str, str]]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "loadstone", *map(str, arguments)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that are killed, whose bytes must be those of runs in this one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
