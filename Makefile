@@ -48,7 +48,9 @@ demo: $(VENV)/installed
 	@printf '\nYour turn:  . $(VENV)/bin/activate && loadstone chat smollm2\n'
 
 # worksteal: each worker keeps to its half of the files, so that what a module prepares is prepared once; the first to be
-# done helps the other.
+# done helps the other. Compiled modules are kept even where the environment says not to (containers often do): tests
+# start hundreds of processes.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/tools
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/peers
 

@@ -36,7 +36,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_some_seconds_of_everything_at_once(chat_model: Path) -> None:
-    command = [sys.executable, str(SOAK), str(chat_model), "--seconds", "15", "--threads", "1", "--json"]
+    command = [sys.executable, str(SOAK), str(chat_model), "--seconds", "8", "--threads", "1", "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
