@@ -19,8 +19,8 @@ from loadstone.train.request import Request
 from loadstone.train.world import World, joined
 from train.runs import ids, small_model, trainer
 
-# 12 rows a step, for 1, 2, 3 and 4 processes, three at a time and then what is left; validation ends with a batch of one
-# row. AdamW makes steps of full length out of gradients that are mere rounding, unless its epsilon is above them.
+# 12 rows a step, for 1, 2, 3 and 4 processes, three at a time and then what is left; validation ends with a batch of
+# one row. AdamW makes steps of full length out of gradients that are mere rounding, unless its epsilon is above them.
 SETTINGS = {
     "steps": 12,
     "batch_size": 12,

@@ -25,7 +25,7 @@ _PIECE = 1 << 18  # characters of a document that are encoded at once, where a c
 _GROUP = 1 << 22  # characters encoded together; their ids take some 300 MB while they are made
 _AHEAD = 2  # groups that are read and encoded while another is written
 # Between a letter and the line break after it, every pattern of `CUTS` cuts words as well (tested).
-_SAFE = re.compile(r"(?<=[A-Za-z])(?=\n)")
+_SAFE = re.compile(r"\n(?<=[A-Za-z]\n)")  # searched for from line break to line break
 
 
 class Piece(NamedTuple):
