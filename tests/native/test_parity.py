@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from loadstone.model import GPT
 from loadstone.native import NativeEngine, available, levels
 from native_models import (
+    GPT2,
     MODELS,
     Floats,
     Rounding,
@@ -150,6 +151,50 @@ def test_what_was_no_number_is_forgotten(width: str, level: str) -> None:
     found = engine.prefill(cache, texts)
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found, engine.prefill(engine.new_cache(2), texts))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", ["bfloat16", "q8"])
+def test_a_copied_prefix_hides_what_was_there(width: str, level: str) -> None:
+    """An odd number of tokens, half a step of values, over a row that held no numbers."""
+    model = model_of(MODELS["llama head 64"])
+    with torch.no_grad():
+        model.tok_emb.weight[7] = torch.nan
+    engine = engine_of(model, width, level=level)
+    prefix, rest = ([8 if token == 7 else token for token in ids_of(n, seed=n)] for n in (9, 12))
+    cache = engine.new_cache(2)
+    engine.prefill(cache, {0: prefix, 1: [7] * 40})
+    engine.copy(cache, 0, 1, len(prefix))
+    engine.reset(cache, [len(prefix)] * 2)
+    found = engine.prefill(cache, {0: rest, 1: rest})
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", ["float32", "bfloat16", "q8"])
+def test_long_prompts_of_two_rows_are_each_alone_to_the_bit(width: str, level: str) -> None:
+    """600 tokens are more than a chunk, so the second text is cut, and its queries lie otherwise in tiles."""
+    model = model_of(MODELS["llama head 64"] | {"context_length": 310, "n_layers": 2})
+    engine, texts = engine_of(model, width, level=level), {0: ids_of(303, seed=2), 1: ids_of(297, seed=3)}
+    together = engine.prefill(engine.new_cache(2), texts)
+    for row, text in texts.items():
+        np.testing.assert_array_equal(together[row], engine.prefill(engine.new_cache(), {0: text})[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_matrices_of_different_types_read_the_same_tokens(level: str) -> None:
+    """q, k and v of three types, and rows that end within a group of 32."""
+    model = model_of(GPT2 | {"d_model": 52, "n_layers": 2})
+    for block in model.blocks:
+        block.attn.k.to(torch.bfloat16)
+        block.attn.v.to(torch.float16)
+        block.mlp.up.to(torch.bfloat16)
+    engine = engine_of(model, "auto", level=level)
+    model.float()
+    for ids, limit in ((ids_of(3), 0.01), (ids_of(21), 0.05)):  # keys and values are rounded, then inputs too
+        want = emulate(model, ids, same, bf16)
+        assert np.abs(engine.scores(ids) - want).max() < limit * want.std()
 
 
 def test_forgotten_tokens_leave_no_trace() -> None:

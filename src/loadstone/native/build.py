@@ -2,7 +2,7 @@
 
 Nothing but the standard library, as it runs before the package is installed. What builds alone need is imported there,
 as the package asks here for the sources' hash. The arithmetic is compiled once per instruction set, whatever this
-machine has; which one runs is found out when the library is opened.
+machine has and as far as the compiler knows them; which one runs is found out when the library is opened.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
         jobs += [
             [*flags, *checks, *extra, f"-DLEVEL={level}", str(HERE / PER_LEVEL)]
             for level, extra in LEVELS.items()
-            if x86 or not extra
+            if not extra or (x86 and _knows(compiler, extra))
         ]
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(jobs))]
         commands = [[compiler, *job, "-c", "-o", object_] for job, object_ in zip(jobs, objects, strict=True)]
@@ -95,6 +95,11 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
             shutil.copyfile(new, part := target.with_suffix(".part"))
             part.replace(target)
     return problem
+
+
+def _knows(compiler: str, flags: Sequence[str]) -> bool:
+    """g++ knows AMX from version 11 on, avx512bf16 from 10 on."""
+    return not _run([compiler, *flags, "-E", "-x", "c++", os.devnull])
 
 
 def _run(command: Sequence[str]) -> str:

@@ -16,7 +16,9 @@
 
 namespace loadstone {
 
-extern const Level portable_level, avx2_level, avx512_level, avx512vnni_level, avx512bf16_level, amx_level;
+// Weak, so null where the compiler was too old for one (build.py).
+__attribute__((weak)) extern const Level avx2_level, avx512_level, avx512vnni_level, avx512bf16_level, amx_level;
+extern const Level portable_level;
 
 // From the plainest to the best.
 static const Level* const LEVELS[] = {
@@ -46,7 +48,7 @@ static bool runs(int level) {
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
     const bool can[] = {true, avx2, avx512, vnni, bf16, bf16 && level == N_LEVELS - 1 && has_tiles()};
-    return level >= 0 && level < N_LEVELS && can[level];
+    return level >= 0 && level < N_LEVELS && LEVELS[level] && can[level];
 #else
     return level == 0;
 #endif
@@ -186,7 +188,10 @@ using namespace loadstone;
 #define API extern "C" __attribute__((visibility("default")))
 
 API const char* ls_hash() { return SOURCE_HASH; }
-API const char* ls_level(int level) { return level >= 0 && level < N_LEVELS ? LEVELS[level]->name : nullptr; }
+// Its name, empty if the library has none of it; null beyond the last.
+API const char* ls_level(int level) {
+    return level < 0 || level >= N_LEVELS ? nullptr : LEVELS[level] ? LEVELS[level]->name : "";
+}
 API int ls_runs(int level) { return runs(level); }
 API int ls_cores() { return usable_cores(); }
 

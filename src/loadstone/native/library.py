@@ -90,7 +90,7 @@ def library() -> ctypes.CDLL:
 def levels() -> list[str]:
     """Instruction sets that this machine can run, from the plainest to the best."""
     found, number = [], 0
-    while name := library().ls_level(number):
+    while (name := library().ls_level(number)) is not None:
         if library().ls_runs(number):
             found.append(name.decode())
         number += 1

@@ -131,11 +131,10 @@ static ALWAYS void put_token(Acts& a, const float* row, size_t token, int T, int
 
 // ---- products ----
 
-// c[p][t] = sum over k of panel p's step k times x[k * KS + t * TS]. One token's sum would wait for itself at each
-// step, so it is four; not in float32, where memory is slower still.
-template <class In, int P, int T, int KS, int TS>
+// c[p][t] = sum over k of panel p's step k times x[k * KS + t * TS]; a lone one as so many SUMS, added at the end.
+template <class In, int P, int T, int KS, int TS, int SUMS = 1>
 static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::Number* x, int steps, v16 (&c)[P][T]) {
-    constexpr int SUMS = P * T == 1 && !std::is_same_v<In, InF32> ? 4 : 1;
+    static_assert(SUMS == 1 || P * T == 1);
     v16 total[SUMS][P][T] = {};
     const auto step = [&](v16(&sums)[P][T], int k) {
         decltype(In::step(w, 0)) wk[P];
@@ -205,10 +204,15 @@ static void multiply_tile(const Matrix& m, int panel, const Acts& a, size_t toke
     }
     by_type(m.type, [&](auto in) {
         typedef decltype(in) In;
-        if constexpr (In::FORM == AS_F32)
-            multiply<In, P, T, T, 1>(w, stride, a.f32 + token * cols, m.cols, c);
-        else
+        if constexpr (In::FORM != AS_F32) {
             multiply_groups<In, P, T>(w, stride, a, token * groups, groups, c);
+        } else {
+            const float* x = a.f32 + token * cols;
+            // The sum of a call's only token would wait for itself at each step; in float32 memory is slower still.
+            if constexpr (P * T == 1 && !std::is_same_v<In, InF32>)
+                if (n_tokens == 1) return multiply<In, P, T, T, 1, 4>(w, stride, x, m.cols, c);
+            multiply<In, P, T, T, 1>(w, stride, x, m.cols, c);
+        }
     });
 }
 

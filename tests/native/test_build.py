@@ -1,0 +1,51 @@
+"""What the build does with a compiler that is not the newest; the library itself is what all other tests run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadstone.native import build
+
+OLD = """#!/bin/sh
+for argument; do
+  case $argument in -mamx-*|-mavx512*) echo "error: unrecognized command-line option $argument" >&2; exit 1;; esac
+done
+exec {compiler} "$@" -O0
+"""
+PLAY = """
+from loadstone.native import levels
+from loadstone.native.library import library
+assert library().ls_level(5) == b"" and library().ls_level(6) is None, library().ls_level(5)
+assert not library().ls_runs(5)
+print(*levels())
+"""
+
+
+@pytest.mark.skipif(build.find_compiler() is None or os.uname().machine != "x86_64", reason="needs a compiler for x86")
+def test_levels_that_a_compiler_does_not_know_are_left_out(
+    unbuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, library = tmp_path / "g++", tmp_path / "engine.so"
+    old.write_text(OLD.format(compiler=build.find_compiler()))
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    assert build.build(library) == ""
+    found = subprocess.run(
+        [sys.executable, "-c", PLAY], capture_output=True, text=True,
+        env=os.environ | {"LOADSTONE_NATIVE_LIBRARY": str(library), "LOADSTONE_NATIVE_LEVEL": ""},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "portable" in found.stdout.split()
+    assert not {"avx512", "avx512vnni", "avx512bf16", "amx"} & {*found.stdout.split()}
+
+
+def test_without_a_compiler_it_says_so(unbuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "no C++ compiler" in build.build(tmp_path / "engine.so")
