@@ -186,10 +186,10 @@ def test_long_prompts_of_two_rows_are_each_alone_to_the_bit(width: str, level: s
 def test_matrices_of_different_types_read_the_same_tokens(level: str) -> None:
     """q, k and v of three types, and rows that end within a group of 32."""
     model = model_of(GPT2 | {"d_model": 52, "n_layers": 2})
-    for block in model.blocks:
-        block.attn.k.to(torch.bfloat16)
-        block.attn.v.to(torch.float16)
-        block.mlp.up.to(torch.bfloat16)
+    types = {"attn.k": torch.bfloat16, "attn.v": torch.float16, "mlp.up": torch.bfloat16}
+    for name, module in model.named_modules():
+        module.to(types.get(name.partition(".")[2].partition(".")[2]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, *types.values()}
     engine = engine_of(model, "auto", level=level)
     model.float()
     for ids, limit in ((ids_of(3), 0.01), (ids_of(21), 0.05)):  # keys and values are rounded, then inputs too
