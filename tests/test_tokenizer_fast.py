@@ -131,6 +131,20 @@ def test_a_token_that_two_merges_make_is_refused() -> None:
         FastEncoder(odd(["ab", "bc", "abc"], ["a b", "b c", "ab c", "a bc"]))
 
 
+def test_a_token_of_a_character_that_is_no_byte_is_refused() -> None:
+    with pytest.raises(UnfitError, match="'\u4e00', which stands for no byte"):
+        FastEncoder(odd(["\u4e00", "\u4e00a"], ["\u4e00 a"]))
+
+
+def test_a_tiktoken_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: object, text: str) -> list[int]:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("tiktoken.Encoding.encode_ordinary", failing)
+    with pytest.raises(UnfitError, match="could not encode a probe"):
+        FastEncoder(from_gguf(vocabulary("gpt-2"), "a test"))
+
+
 def test_an_added_token_that_is_matched_in_plain_text_is_refused() -> None:
     tokenizer = from_gguf(vocabulary("gpt-2"), "a test")
     add_tokens(tokenizer.backend, ["the"], special=False)

@@ -183,12 +183,25 @@ def test_long_prompts_of_two_rows_are_each_alone_to_the_bit(width: str, level: s
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_matrices_of_different_types_read_the_same_tokens(level: str) -> None:
-    """q, k and v of three types, and rows that end within a group of 32."""
-    model = model_of(GPT2 | {"d_model": 52, "n_layers": 2})
+@pytest.mark.parametrize("width", ["bfloat16", "float16"])
+def test_the_head_does_not_see_how_many_texts_there_are(width: str, level: str) -> None:
+    engine = engine_of(model_of(MODELS["llama head 64"]), width, level=level)
+    texts = [ids_of(length, seed=length) for length in (7, 9, 13, 30, 5, 11)]
+    alone = [engine.prefill(engine.new_cache(), {0: text})[0] for text in texts]
+    for count in (2, 4, 6):
+        together = engine.prefill(engine.new_cache(count), dict(enumerate(texts[:count])))
+        np.testing.assert_array_equal(together, alone[:count])
+    np.testing.assert_array_equal(engine.scores(texts[3])[-1], alone[3])
+
+
+@pytest.mark.parametrize("d_model", [52, 64])
+@pytest.mark.parametrize("level", LEVELS)
+def test_matrices_of_different_types_read_the_same_tokens(level: str, d_model: int) -> None:
+    """q, k and v of three types, and rows that end within a group of 32, or do not."""
+    model = model_of(GPT2 | {"d_model": d_model, "n_layers": 2})
     types = {"attn.k": torch.bfloat16, "attn.v": torch.float16, "mlp.up": torch.bfloat16}
     for name, module in model.named_modules():
-        module.to(types.get(name.partition(".")[2].partition(".")[2]))
+        module.to(types.get(name.split(".", 2)[-1]))  # None: as it is
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, *types.values()}
     engine = engine_of(model, "auto", level=level)
     model.float()

@@ -136,12 +136,13 @@ struct Attention : Worker {
 
     // Each panel times each of T rows of x, into (or, ADD, added to) rows of `row` numbers.
     template <class In, int T, int KS, int TS, bool ADD>
-    static ALWAYS void put_sums(const uint8_t* w, size_t stride, const void* x, int cols, int panels, float* out,
-                                int row) {
+    ALWAYS void put_sums(const uint8_t* w, size_t stride, const void* x, int cols, int panels, float* out,
+                         int row) const {
         const auto* numbers = static_cast<const typename In::Number*>(x);
         in_runs<PANELS, 1>(panels, [&](auto count, int panel) {
             v16 c[decltype(count)::value][T];
-            multiply<In, decltype(count)::value, T, KS, TS>(w + panel * stride, stride, numbers, In::steps(cols), c);
+            multiply_lone<In, decltype(count)::value, T, KS, TS>(w + panel * stride, stride, numbers, In::steps(cols),
+                                                                 M, c);
             for (int t = 0; t < T; t++)
                 for (int p = 0; p < count; p++) {
                     float* to = out + t * row + (panel + p) * LANES;

@@ -46,7 +46,8 @@ static bool runs(int level) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    unsigned a = 0, b, c, d;  // g++ 9 does not know its name
+    const bool bf16 = vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
     const bool can[] = {true, avx2, avx512, vnni, bf16, bf16 && level == N_LEVELS - 1 && has_tiles()};
     return level >= 0 && level < N_LEVELS && LEVELS[level] && can[level];
 #else

@@ -41,14 +41,15 @@ struct Worker {
     }
 
     // Brings `n_tokens` rows of `cols` floats into the forms that products with these matrices read; fill(token, row)
-    // gives a row, or a pointer to one. A single token is brought by every thread for itself.
+    // gives a row, or a pointer to one. A single token is brought by every thread for itself. Which forms depends on
+    // all the call's tokens, not on the ones at hand: the head's are the same however many logits are wanted.
     template <class Fill>
     const Acts& prepare(const Matrix* const* matrices, int count, int n_tokens, Fill fill) {
         const int cols = matrices[0]->cols;
         int forms = 0;
-        for (int i = 0; i < count; i++) forms |= form(*matrices[i], n_tokens);
-        if (n_tokens == 1) return put_token(own.acts, fill(0, own.row), 0, 1, 0, cols, forms), own.acts;
-        const int blocks = in_blocks(forms, cols, n_tokens);
+        for (int i = 0; i < count; i++) forms |= form(*matrices[i], M);
+        const int blocks = in_blocks(forms, cols, M);
+        if (n_tokens == 1 && !blocks) return put_token(own.acts, fill(0, own.row), 0, 1, 0, cols, forms), own.acts;
         share(e.team, (n_tokens + TILE - 1) / TILE, 1, [&](int item) {
             in_tiles(least(n_tokens - item * TILE, TILE), [&](auto size, int first) {
                 const int token = item * TILE + first;
@@ -74,11 +75,11 @@ struct Worker {
             const Matrix& m = *matrices[which];
             in_runs<PANELS, 1>(least(m.panels() - first, PANELS), [&](auto panels, int panel) {
                 const auto put_here = [&](int p, int token, v16 y) { put(which, first + panel + p, token, y); };
-                if (in_blocks(form(m, n_tokens), m.cols, n_tokens))
+                if (in_blocks(form(m, M), m.cols, M))
                     return products_in_blocks<decltype(panels)::value>(m, first + panel, a, n_tokens, put_here);
                 in_tiles(n_tokens, [&](auto size, int token) {
                     v16 c[decltype(panels)::value][decltype(size)::value];
-                    multiply_tile(m, first + panel, a, size_t(token), n_tokens, c);
+                    multiply_tile(m, first + panel, a, size_t(token), M, c);
                     for (int t = 0; t < size; t++)
                         for (int p = 0; p < panels; p++) put_here(p, token + t, c[p][t]);
                 });
@@ -93,7 +94,7 @@ struct Worker {
             for (int t = 0; t < least(BLOCK, n_tokens - token); t++) put(p, token + t, y[t]);
         };
         const int n_blocks = (n_tokens + BLOCK - 1) / BLOCK, groups = (m.cols + GROUP - 1) / GROUP;
-        shape_tiles(form(m, n_tokens) == AS_BF16 ? 64 : 32);
+        shape_tiles(form(m, M) == AS_BF16 ? 64 : 32);
         by_type(m.type, [&](auto in) {
             typedef decltype(in) In;
             if constexpr (In::FORM == AS_F32)  // bfloat16, of those that lie in blocks
