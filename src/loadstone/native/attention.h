@@ -141,8 +141,9 @@ struct Attention : Worker {
         const auto* numbers = static_cast<const typename In::Number*>(x);
         in_runs<PANELS, 1>(panels, [&](auto count, int panel) {
             v16 c[decltype(count)::value][T];
+            // Alone and among up to DECODE tokens a text is cut alike into tiles; in a longer call perhaps not.
             multiply_lone<In, decltype(count)::value, T, KS, TS>(w + panel * stride, stride, numbers, In::steps(cols),
-                                                                 M, c);
+                                                                 M <= DECODE, c);
             for (int t = 0; t < T; t++)
                 for (int p = 0; p < count; p++) {
                     float* to = out + t * row + (panel + p) * LANES;

@@ -151,13 +151,13 @@ static ALWAYS void multiply(const uint8_t* w, size_t stride, const typename In::
     UNROLL for (int p = 0; p < P; p++) UNROLL for (int t = 0; t < T; t++) c[p][t] = total[0][p][t];
 }
 
-// The same in a call of so many tokens. The sum of an only one would wait for itself at each step, so it is four; not
-// in float32, where memory is slower still.
+// The same where an only sum, which would wait for itself at each step, may be four; not in float32, where memory is
+// slower still.
 template <class In, int P, int T, int KS, int TS>
 static ALWAYS void multiply_lone(const uint8_t* w, size_t stride, const typename In::Number* x, int steps,
-                                 int n_tokens, v16 (&c)[P][T]) {
+                                 bool may, v16 (&c)[P][T]) {
     if constexpr (P * T == 1 && !std::is_same_v<In, InF32>)
-        if (n_tokens == 1) return multiply<In, P, T, KS, TS, 4>(w, stride, x, steps, c);
+        if (may) return multiply<In, P, T, KS, TS, 4>(w, stride, x, steps, c);
     multiply<In, P, T, KS, TS>(w, stride, x, steps, c);
 }
 
@@ -217,7 +217,7 @@ static void multiply_tile(const Matrix& m, int panel, const Acts& a, size_t toke
         if constexpr (In::FORM != AS_F32) {
             multiply_groups<In, P, T>(w, stride, a, token * groups, groups, c);
         } else {
-            multiply_lone<In, P, T, T, 1>(w, stride, a.f32 + token * cols, m.cols, n_tokens, c);
+            multiply_lone<In, P, T, T, 1>(w, stride, a.f32 + token * cols, m.cols, n_tokens == 1, c);
         }
     });
 }
