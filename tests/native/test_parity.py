@@ -136,16 +136,24 @@ def test_whole_numbers_are_the_same_to_the_bit_whatever_multiplies_them(width: s
         np.testing.assert_array_equal(engine.decode(alone, tokens[:1])[0], found[level][0])
 
 
+def engine_without_seven(width: str, level: str) -> NativeEngine:
+    """Whatever follows token 7 is no number."""
+    model = model_of(MODELS["llama head 64"])
+    with torch.no_grad():
+        model.tok_emb.weight[7] = torch.nan
+    return engine_of(model, width, level=level)
+
+
+def ids_without_seven(length: int) -> list[int]:
+    return [8 if token == 7 else token for token in ids_of(length, seed=length)]
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("width", ["bfloat16", "q8"])
 def test_what_was_no_number_is_forgotten(width: str, level: str) -> None:
     """Products of many tokens read whole steps of slots, also those that nobody has written since."""
-    model = model_of(MODELS["llama head 64"])
-    with torch.no_grad():
-        model.tok_emb.weight[7] = torch.nan
-    engine = engine_of(model, width, level=level)
-    cache, texts = engine.new_cache(2), {0: ids_of(9, seed=2), 1: ids_of(10, seed=3)}
-    texts = {row: [8 if token == 7 else token for token in text] for row, text in texts.items()}
+    engine = engine_without_seven(width, level)
+    cache, texts = engine.new_cache(2), {0: ids_without_seven(9), 1: ids_without_seven(10)}
     assert np.isnan(engine.prefill(cache, dict.fromkeys(texts, [7] * 40))).all()
     engine.reset(cache, [0, 0])
     found = engine.prefill(cache, texts)
@@ -157,11 +165,8 @@ def test_what_was_no_number_is_forgotten(width: str, level: str) -> None:
 @pytest.mark.parametrize("width", ["bfloat16", "q8"])
 def test_a_copied_prefix_hides_what_was_there(width: str, level: str) -> None:
     """An odd number of tokens, half a step of values, over a row that held no numbers."""
-    model = model_of(MODELS["llama head 64"])
-    with torch.no_grad():
-        model.tok_emb.weight[7] = torch.nan
-    engine = engine_of(model, width, level=level)
-    prefix, rest = ([8 if token == 7 else token for token in ids_of(n, seed=n)] for n in (9, 12))
+    engine = engine_without_seven(width, level)
+    prefix, rest = map(ids_without_seven, (9, 12))
     cache = engine.new_cache(2)
     engine.prefill(cache, {0: prefix, 1: [7] * 40})
     engine.copy(cache, 0, 1, len(prefix))
