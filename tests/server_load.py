@@ -188,7 +188,7 @@ async def ask(port: int, path: str, content: Any, *, timeout: float = 120) -> An
             writer.write(request(path, json.dumps(content).encode()))
             await read(reader, answer, began)
         finally:
-            writer.close()
+            writer.transport.abort()  # what was not sent by now, as a long body that was refused, will not be
 
     try:
         await asyncio.wait_for(take(), timeout)

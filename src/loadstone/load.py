@@ -223,9 +223,9 @@ class ModuleCheckpoint(Checkpoint):
         from .config import GPTConfig
 
         if isinstance(config := getattr(module, "config", None), GPTConfig):
-            self.metadata["config"] = config
+            self.metadata = {"config": config}
         elif to_dict := getattr(config, "to_dict", None):
-            self.metadata["hf_config"] = to_dict()
+            self.metadata = {"hf_config": to_dict()}
 
     @property
     def folder(self) -> None:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from gguf_files import ARRAY, F32, U16, U32, gguf_file, pair, strings, tensor
 from loadstone.checkpoint.base import DTYPES
-from loadstone.checkpoint.gguf import BLOCKS, Gguf
+from loadstone.checkpoint.gguf import Gguf
+from loadstone.checkpoint.gguf_header import BLOCKS
 from loadstone.errors import FormatError
 from mapped import lies_in
 
@@ -227,6 +228,48 @@ def test_broken_characters_of_a_vocabulary_survive(tmp_path: Path) -> None:
     assert found.metadata["tokens"][2] == "ä"
     assert len(found.notes) == 1
     assert "the metadata key 'tokens' has strings that are not UTF-8" in found.notes[0]
+
+
+# Pieces of characters, and lengths whose own first byte (128 to 191) could pass for the end of one.
+BROKEN = st.binary(max_size=4) | st.sampled_from([b"\xc3", b"\xe4\xb8", b"\xa9", b"a" * 127, b"b" * 169, b"c" * 300])
+
+
+@given(texts=st.lists(BROKEN | st.text(max_size=4).map(str.encode), max_size=6), nested=st.booleans())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_strings_come_back_and_broken_ones_are_told(tmp_path: Path, texts: list[bytes], nested: bool) -> None:
+    value = struct.pack("<IQ", ARRAY, 1) + strings(texts) if nested else strings(texts)
+    found = opened(tmp_path / "x", gguf_file([pair("k", ARRAY, value), pair("after", U16, b"\7\0")]))
+    (read,) = found.metadata["k"] if nested else [found.metadata["k"]]
+    assert [text.encode("utf-8", "surrogateescape") for text in read] == texts
+    assert bool(found.notes) == any(is_broken(text) for text in texts)
+    assert found.metadata["after"] == 7
+
+
+def is_broken(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def test_a_vocabulary_takes_memory_for_as_long_as_it_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(gguf_file([pair("tokens", ARRAY, strings([f"token{i}" for i in range(50_000)]))]))
+    tracemalloc.start()
+    found = Gguf(tmp_path / "x")
+    held = tracemalloc.get_traced_memory()[0]
+    tokens = found.metadata["tokens"]
+    looking = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(tokens) == 50_000
+    assert held < 100_000 < 3_000_000 < looking
+
+
+def test_a_vocabulary_of_a_file_that_was_changed_meanwhile(tmp_path: Path) -> None:
+    found = opened(tmp_path / "x", gguf_file([pair("tokens", ARRAY, strings(["a", "b"]))]))
+    (tmp_path / "x").write_bytes(gguf_file([pair("tokens", ARRAY, strings(["abc", "d"]))]))
+    with pytest.raises(FormatError, match="changed while it was being read"):
+        found.metadata["tokens"]
 
 
 def test_a_vocabulary_opens_in_a_blink(tmp_path: Path) -> None:

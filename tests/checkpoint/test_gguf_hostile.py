@@ -50,6 +50,12 @@ BROKEN = {
         "file ends at 51 bytes, in the metadata key 'a key'",
     ),
     "long string": (gguf_file([pair("k", STRING, struct.pack("<Q", 2**63) + bytes(50))]), "in the metadata key 'k'"),
+    "long first string": (
+        gguf_file(array(STRING, 2, struct.pack("<Q", 2**64 - 1) + bytes(50))),
+        "truncated: .* key 'k'",
+    ),
+    "far first string": (gguf_file(array(STRING, 2, struct.pack("<Q", 2**40) + bytes(50))), "truncated: .* key 'k'"),
+    "long last string": (gguf_file(array(STRING, 2, text("a") + struct.pack("<Q", 60))), "truncated: .* key 'k'"),
     "long key": (gguf_file([struct.pack("<Q", 2**64 - 1) + bytes(50)]), "truncated: .*, in metadata key 0"),
     "long array": (gguf_file(array(U8, 2**50)), "'k' announces 1,125,899,906,842,624 numbers"),
     "wide array": (gguf_file(array(U64, 40, bytes(60))), "truncated: .*, in the metadata key 'k'"),

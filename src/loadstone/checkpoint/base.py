@@ -74,7 +74,7 @@ class Checkpoint(ABC):
     format: str = ""
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

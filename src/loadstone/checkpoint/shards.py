@@ -44,6 +44,7 @@ class Sharded(Checkpoint):
             raise FormatError(path, f"its shards have different formats: {', '.join(sorted(formats))}.", _AGAIN)
         (self.format,) = formats
         self.parts = dict(parts)
+        self.metadata = said = dict[str, Any]()
         self._owner: dict[str, str] = {}
         twice = []
         for file, part in parts.items():
@@ -51,7 +52,7 @@ class Sharded(Checkpoint):
                 if self._owner.setdefault(name, file) != file:
                     twice.append(f"{shown(name)} in {self._owner[name]} and {file}")
             for key, value in part.metadata.items():
-                self.metadata.setdefault(key, value)
+                said.setdefault(key, value)
             self.notes += part.notes
         if twice:
             raise FormatError(path, f"tensors lie in two shards: {few(twice)}.", _AGAIN)
@@ -105,7 +106,7 @@ def open_index(path: Path, open_file: Callable[[Path], Checkpoint]) -> Sharded:
     if problems:
         raise FormatError(path, f"the index and its shards disagree: {'; '.join(problems)}.", _AGAIN)
     sharded = Sharded(path, parts)
-    sharded.metadata |= metadata
+    sharded.metadata = {**sharded.metadata, **metadata}
     sharded.add_aliases(recorded_ties(metadata, sharded.tensors))
     return sharded
 

@@ -56,7 +56,7 @@ class TensorBundle(Checkpoint):
             self._shards = {i: DataFile(file) for i, file in self._files.items() if file.stat().st_size}
             hparams = index.with_name("hparams.json")
             if hparams.is_file():
-                self.metadata["hparams"] = _json_object(hparams)
+                self.metadata = {"hparams": _json_object(hparams)}
         except OSError as error:
             raise SourceError(f"{self.path}: it cannot be opened: {error}.") from None
         self._verified: set[Piece] = set()

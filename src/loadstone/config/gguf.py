@@ -45,7 +45,7 @@ def from_gguf(
         raise ConfigError(
             f"{where}: general.architecture {named!r} is not supported; known: {', '.join(sorted(OF_GGUF))}."
         )
-    own = {key.removeprefix(f"{named}."): value for key, value in metadata.items() if key.startswith(f"{named}.")}
+    own = {key.removeprefix(f"{named}."): metadata[key] for key in metadata if key.startswith(f"{named}.")}
     fields = Fields(own, f"{where} ({named}.*)", ignore)
     architecture, family = OF_GGUF[named], _FAMILIES.get(named, _llama_like)
     values = _sizes(fields) | {key: facts[key] for key in FROM_TENSORS} | _special_ids(metadata)
