@@ -44,9 +44,9 @@ LLAMA = {"architecture": "llama", "rope": {"theta": 1e4}, "norm": "rmsnorm", "ga
 # What one process and several must do alike. The step counts of frozen parameters, tied and untied heads, rows of
 # unequal numbers of targets, gradients accumulated and clipped, an evaluation whose last batch has one row.
 JOBS: Mapping[str, dict[str, Any]] = {
-    "tied": {"trainer": {"updates_every": 5}},
-    "untied": {"model": {"tied": False}, "trainer": {"clip": 0.0, "eval_batches": 1}},
-    "llama": {"model": LLAMA, "trainer": {"recompute": True, "micro_batch": 0}},
+    "tied": {"trainer": {"updates_every": 5, "eval_every": 5, "save_every": 6}},
+    "untied": {"model": {"tied": False}, "trainer": {"clip": 0.0, "eval_batches": 1, "steps": 8}},
+    "llama": {"model": LLAMA, "trainer": {"recompute": True, "micro_batch": 0, "steps": 4}},
     "phases": {"model": {"tied": False}, "trainer": {"strategy": "0:head;4:blocks.2;8:all", "updates_every": 4}},
     "tied phases": {"trainer": {"strategy": "0:norm;3:blocks.-1-;6:all", "layer_decay": 0.7}},
 }
@@ -66,8 +66,9 @@ def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run_jobs(folder: Path, count: int, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+    """By forked processes; the tests of how runs end use torchrun."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return finished(torchrun(count, Path(__file__).with_name("ranks.py"), folder / "jobs.json"))
+    return finished([sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder / "jobs.json"), str(count)])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -136,13 +137,13 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
     run_job({**stopped, "folder": str(folder / "1" / "stopped")}, World())
     shutil.copytree(folder / "1" / "stopped", folder / "1 to 2", symlinks=True)
     resumed: dict[str, Any] = {"trainer": {**JOBS["tied"]["trainer"], "resume": True}}
-    lost = {"trainer": {"dropout": 0.2}}
+    lost = {"trainer": {"dropout": 0.2, "steps": 6, "save_every": 3}}
     two = [
         *({**job, "folder": str(folder / "2" / name)} for name, job in jobs.items()),
         {**stopped, "folder": str(folder / "2" / "stopped")},
         {**resumed, "folder": str(folder / "1 to 2")},
         {**lost, "folder": str(folder / "2" / "dropout")},
-        {**lost, "folder": str(folder / "2" / "dropout stopped"), "stop": 6},
+        {**lost, "folder": str(folder / "2" / "dropout stopped"), "stop": 3},
         {"trainer": {**lost["trainer"], "resume": True}, "folder": str(folder / "2" / "dropout stopped")},
     ]
     ended = run_jobs(folder, 2, two)
@@ -152,7 +153,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
         shutil.copytree(folder / "2" / "stopped", folder / to, symlinks=True)
     run_job({**resumed, "folder": str(folder / "2 to 1")}, World())
     three = [{**resumed, "folder": str(folder / "2 to 3")}]
-    three += [{**jobs[name], "folder": str(folder / "3" / name)} for name in ("tied", "untied", "classify")]
+    three += [{**jobs[name], "folder": str(folder / "3" / name)} for name in ("tied", "classify")]
     ended = run_jobs(folder, 3, three)
     assert ended.returncode == 0, ended.stderr
     return folder
@@ -161,10 +162,10 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 @pytest.mark.parametrize("name", [*JOBS, "lora", "classify"])
 def test_two_processes_train_as_one_does(done: Path, name: str) -> None:
     require_alike(done / "2" / name, done / "1" / name)
-    assert len(figures(done / "1" / name)["loss"]) >= 8
+    assert len(figures(done / "1" / name)["loss"]) >= 4
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "classify"])
+@pytest.mark.parametrize("name", ["tied", "classify"])
 def test_three_processes_too_where_rows_do_not_divide_evenly(done: Path, name: str) -> None:
     require_alike(done / "3" / name, done / "1" / name)
 
@@ -376,7 +377,8 @@ def test_an_error_is_one_paragraph_of_one_process(text: Path, tmp_path: Path, fl
 
 def test_an_error_of_one_process_alone_ends_all(tmp_path: Path) -> None:
     begin = time.monotonic()
-    ended = run_jobs(tmp_path, 2, [{"folder": str(tmp_path / "run"), "fail": 1}])
+    (tmp_path / "jobs.json").write_text(json.dumps([{"folder": str(tmp_path / "run"), "fail": 1}]))
+    ended = finished(torchrun(2, Path(__file__).with_name("ranks.py"), tmp_path / "jobs.json"))
     said = [line for line in ended.stderr.splitlines() if line.startswith("loadstone: ")]
     assert said == ["loadstone: the planted error of one process."]
     assert ended.returncode != 0

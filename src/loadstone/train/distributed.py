@@ -273,6 +273,8 @@ def ending_together(world: Ranks) -> Iterator[World]:
     """An error in one process ends all, and is raised in one of them; in the others SystemExit is."""
     try:
         yield world
+        if dist.is_initialized():
+            dist.barrier()  # the process that keeps the store, the main one without torchrun, is the last to need none
     except LoadstoneError:
         if not world.may_speak(at_once=False):
             raise SystemExit(2) from None
