@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: the workers share the cores. If each had a thread on every core, the threads of the
     # one would wait, spinning, for those of the other; models as small as here then take several times as long.
     os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     )
 
 Run = Callable[..., tuple[int, str, str]]

@@ -146,6 +146,8 @@ def test_the_command_line_lists_and_chooses(run: Run, monkeypatch: pytest.Monkey
     assert list(rows) == list(ENGINES)
     assert [name for name, row in rows.items() if row["default"]] == ["torch" if native.missing() else "native"]
     assert not rows["max"]["available"]
+    if not native.missing():
+        assert rows["native"]["here"].startswith(f"level {native.levels()[-1]} (of portable")
     for command in ("generate", "chat"):  # refused before the source is even looked for
         arguments = ["no-such-source", *(["x"] if command == "generate" else []), "--engine", "max"]
         status, _, error = run(command, *arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -29,6 +28,8 @@ try:
     choose_level("amx")
 except LoadstoneError as error:
     print(error)
+from loadstone.native import how
+print(how())
 """
 
 
@@ -42,12 +43,14 @@ def test_levels_that_a_compiler_does_not_know_are_left_out(
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
     assert build.build(library) == ""
-    found = subprocess.run(
-        [sys.executable, "-c", PLAY], capture_output=True, text=True,
-        env=os.environ | {"LOADSTONE_NATIVE_LIBRARY": str(library), "LOADSTONE_NATIVE_LEVEL": ""},
-    )  # fmt: skip
+    for name, value in (("LIBRARY", library), ("LEVEL", "")):
+        monkeypatch.setenv(f"LOADSTONE_NATIVE_{name}", str(value))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = subprocess.run([sys.executable, "-c", PLAY], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "cannot run as 'amx' here; it can as portable" in found.stdout
+    without = "avx2, avx512, avx512vnni, avx512bf16, amx"
+    assert f"level portable (of portable), 1 thread; built without {without}" in found.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built")

@@ -74,11 +74,12 @@ def engines(as_json: Json = False) -> None:
 
     found = {name: kind.missing() for name, kind in ENGINES.items()}
     default = "torch" if found["native"] else "native"
+    here = {name: "" if found[name] else kind.here() for name, kind in ENGINES.items()}
     if as_json:
         print_json(
             [
                 {"engine": name, "default": name == default, "available": not reason, "about": ENGINES[name].about}
-                | ({"missing": reason} if reason else {})
+                | ({"missing": reason} if reason else {"here": here[name]} if here[name] else {})
                 for name, reason in found.items()
             ]
         )
@@ -86,7 +87,7 @@ def engines(as_json: Json = False) -> None:
     for name, reason in found.items():
         mark = "no " if reason else "ok "
         print(f"{mark} {name:8} {ENGINES[name].about}" + (" (used if none is named)" if name == default else ""))
-        if reason:
-            print(f"             not here: {reason}")
+        if reason or here[name]:
+            print(f"             not here: {reason}" if reason else f"             here: {here[name]}")
     if default != "torch":
         print("If none is named, models, types and devices that native does not know go to torch.")

@@ -41,6 +41,7 @@ class Kind:
         missing: why it cannot run on this machine, and what to do about it; empty if it can. Imports nothing heavy.
         devices: where it runs; empty means wherever torch does.
         dtypes: what it computes in; empty means whatever torch does.
+        here: how it runs on this machine, where there is something to tell. Raises LoadstoneError for bad settings.
     """
 
     about: str
@@ -49,6 +50,7 @@ class Kind:
     devices: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     from_source: bool = False
+    here: Callable[[], str] = lambda: ""
 
 
 AUTO = "auto"  # `best_engine` chooses
@@ -65,7 +67,7 @@ ENGINES: dict[str, Kind] = {
     "native": Kind(
         "C++ for this machine's CPU, weights packed for it; GGUF's blocks as stored, 8 and 4 bits (--dtype q8, q4)",
         "native_engine:start", probes.native, ("cpu",), ("float32", "bfloat16", "float16", "q8", "q4"),
-        from_source=True,
+        from_source=True, here=probes.native_here,
     ),
 }  # fmt: skip
 

@@ -38,3 +38,9 @@ def native() -> str:
     from ..native import missing
 
     return missing()
+
+
+def native_here() -> str:
+    from ..native import how
+
+    return how()

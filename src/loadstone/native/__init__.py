@@ -5,6 +5,6 @@ call runs a token through all layers, and weights lie in the order of use in pag
 """
 
 from .engine import NativeCache, NativeEngine, open_native
-from .library import available, levels, missing
+from .library import available, how, levels, missing
 
-__all__ = ["NativeCache", "NativeEngine", "available", "levels", "missing", "open_native"]
+__all__ = ["NativeCache", "NativeEngine", "available", "how", "levels", "missing", "open_native"]

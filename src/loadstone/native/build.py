@@ -84,7 +84,7 @@ def build(target: Path = LIBRARY, sanitizers: str = "") -> str:
         ]
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(jobs))]
         commands = [[compiler, *job, "-c", "-o", object_] for job, object_ in zip(jobs, objects, strict=True)]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             problem = next(filter(None, pool.map(_run, commands)), "")
         new = Path(folder, "engine.so")
         # Without libstdc++, as nothing of it is used; a sanitizer's own library needs the compiler's defaults.

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import LoadstoneError
-from .build import LIBRARY, source_hash
+from .build import LEVELS, LIBRARY, source_hash
 
 VARIABLE, LEVEL_VARIABLE = "LOADSTONE_NATIVE_LIBRARY", "LOADSTONE_NATIVE_LEVEL"
 _AGAIN = "`python -m loadstone.native.build` builds it (g++ is needed); without it, the engine torch runs everything."
@@ -106,6 +106,14 @@ def choose_level(wanted: str | None) -> int:
     while library().ls_level(number).decode() != wanted:
         number += 1
     return number
+
+
+def how() -> str:
+    """What a call uses if nothing is named, and what the library lacks, as its compiler did not know it."""
+    level, threads = library().ls_level(choose_level(None)).decode(), choose_threads(None)
+    without = [name for number, name in enumerate(LEVELS) if not library().ls_level(number)]
+    lacks = f"; built without {', '.join(without)}" if without else ""
+    return f"level {level} (of {', '.join(levels())}), {threads} thread{'s' * (threads > 1)}{lacks}"
 
 
 def choose_threads(wanted: int | None) -> int:
