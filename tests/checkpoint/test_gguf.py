@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -234,9 +237,16 @@ def test_broken_characters_of_a_vocabulary_survive(tmp_path: Path) -> None:
 BROKEN = st.binary(max_size=4) | st.sampled_from([b"\xc3", b"\xe4\xb8", b"\xa9", b"a" * 127, b"b" * 169, b"c" * 300])
 
 
-@given(texts=st.lists(BROKEN | st.text(max_size=4).map(str.encode), max_size=6), nested=st.booleans())
+@given(
+    few=st.lists(BROKEN | st.text(max_size=4).map(str.encode), max_size=6),
+    times=st.sampled_from([1, 1, 20, 20, 1100]),  # kept, passed over at once, passed over in pieces
+    nested=st.booleans(),
+)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_strings_come_back_and_broken_ones_are_told(tmp_path: Path, texts: list[bytes], nested: bool) -> None:
+def test_any_strings_come_back_and_broken_ones_are_told(
+    tmp_path: Path, few: list[bytes], times: int, nested: bool
+) -> None:
+    texts = few * times
     value = struct.pack("<IQ", ARRAY, 1) + strings(texts) if nested else strings(texts)
     found = opened(tmp_path / "x", gguf_file([pair("k", ARRAY, value), pair("after", U16, b"\7\0")]))
     (read,) = found.metadata["k"] if nested else [found.metadata["k"]]
@@ -266,10 +276,33 @@ def test_a_vocabulary_takes_memory_for_as_long_as_it_is_looked_at(tmp_path: Path
 
 
 def test_a_vocabulary_of_a_file_that_was_changed_meanwhile(tmp_path: Path) -> None:
-    found = opened(tmp_path / "x", gguf_file([pair("tokens", ARRAY, strings(["a", "b"]))]))
-    (tmp_path / "x").write_bytes(gguf_file([pair("tokens", ARRAY, strings(["abc", "d"]))]))
+    before = gguf_file([pair("tokens", ARRAY, strings(["a", "b"] * 50))])
+    found, path = opened(tmp_path / "x", before), tmp_path / "x"
+    path.write_bytes(before + b"more")
+    assert "tokens" in found.metadata
     with pytest.raises(FormatError, match="changed while it was being read"):
         found.metadata["tokens"]
+
+
+@pytest.mark.parametrize("now", [b"\1" + bytes(7) + b"\xff", b"\0" + bytes(7) + b"a", b"\1" + bytes(6) + b"\xffa"])
+def test_a_change_that_nobody_could_notice_raises_nothing_else(tmp_path: Path, now: bytes) -> None:
+    """Of the same size and time: another character, another length."""
+    path, raw = tmp_path / "x", gguf_file([pair("tokens", ARRAY, strings(["a"] * 100))])
+    found, status = opened(path, raw), path.stat()
+    path.write_bytes(raw.replace(b"\1" + bytes(7) + b"a", now))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(FormatError, match="changed while it was being read"):
+        found.metadata["tokens"]
+
+
+def test_copies_of_the_metadata_need_no_file(tmp_path: Path) -> None:
+    found = opened(
+        tmp_path / "x", gguf_file([pair("tokens", ARRAY, strings(["a", "b"] * 50)), pair("n", U16, b"\7\0")])
+    )
+    copies = [pickle.loads(pickle.dumps(found.metadata)), copy.deepcopy(found.metadata), dict(found.metadata)]
+    assert repr(found.metadata) == f"<2 key-values of {tmp_path / 'x'}>"
+    del found
+    assert copies == [{"tokens": ["a", "b"] * 50, "n": 7}] * 3
 
 
 def test_a_vocabulary_opens_in_a_blink(tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ def test_the_command_line_lists_and_chooses(run: Run, monkeypatch: pytest.Monkey
     assert not rows["max"]["available"]
     if not native.missing():
         assert rows["native"]["here"].startswith(f"level {native.levels()[-1]} (of portable")
+        monkeypatch.setenv("LOADSTONE_NATIVE_LEVEL", "neon")
+        assert "here: the native engine cannot run as 'neon' here; it can as portable" in run("engines")[1]
+        monkeypatch.delenv("LOADSTONE_NATIVE_LEVEL")
     for command in ("generate", "chat"):  # refused before the source is even looked for
         arguments = ["no-such-source", *(["x"] if command == "generate" else []), "--engine", "max"]
         status, _, error = run(command, *arguments)

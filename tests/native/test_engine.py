@@ -123,6 +123,8 @@ def test_threads_sleep_when_there_is_nothing_to_do() -> None:
 def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     assert (choose_threads(None), choose_threads(5)) == (3, 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "128")
+    assert choose_threads(None) == 64
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert choose_threads(None) == len(os.sched_getaffinity(0))
     for wrong in (0, -1, 65):

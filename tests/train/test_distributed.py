@@ -153,7 +153,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
         shutil.copytree(folder / "2" / "stopped", folder / to, symlinks=True)
     run_job({**resumed, "folder": str(folder / "2 to 1")}, World())
     three = [{**resumed, "folder": str(folder / "2 to 3")}]
-    three += [{**jobs[name], "folder": str(folder / "3" / name)} for name in ("tied", "classify")]
+    three += [{**jobs[name], "folder": str(folder / "3" / name)} for name in ("tied", "untied", "classify")]
     ended = run_jobs(folder, 3, three)
     assert ended.returncode == 0, ended.stderr
     return folder
@@ -165,7 +165,7 @@ def test_two_processes_train_as_one_does(done: Path, name: str) -> None:
     assert len(figures(done / "1" / name)["loss"]) >= 4
 
 
-@pytest.mark.parametrize("name", ["tied", "classify"])
+@pytest.mark.parametrize("name", ["tied", "untied", "classify"])
 def test_three_processes_too_where_rows_do_not_divide_evenly(done: Path, name: str) -> None:
     require_alike(done / "3" / name, done / "1" / name)
 

@@ -23,6 +23,8 @@ VERSIONS = (2, 3)
 MAX_HEADER = 100_000_000  # bytes; a vocabulary of 256k tokens takes some 10 million
 _MAX_DIMS = 4  # ggml's
 _MAX_DEPTH = 4  # of arrays in arrays, which the format allows and no program is known to write
+_MANY = 64  # strings from which on a list stays in the file
+_PIECE = 4096  # strings looked at together: many enough, and a bound for the memory that it takes
 AGAIN = "Download or copy it again."
 
 
@@ -87,10 +89,11 @@ class _Texts:
 
 
 class KeyValues(Mapping[str, Any]):
-    """A file's key-values as plain Python values.
+    """A file's key-values as plain Python values; `dict(...)` of it is all of them.
 
     A list of strings stays in the file and is made anew each time that it is asked for: GPT-2's vocabulary takes 10 MB
     and as long as all else that is done to open the file, and who only runs a model never looks at it.
+    Asking raises FormatError if the file was changed meanwhile.
     """
 
     def __init__(self, values: Mapping[str, Any], file: DataFile) -> None:
@@ -100,13 +103,29 @@ class KeyValues(Mapping[str, Any]):
         value = self._values[key]
         if not isinstance(value, _Texts):
             return value
-        return _read_texts(self._file.read(value.offset, value.nbytes), 0, value.count, value.errors)
+        raw = self._file.read(value.offset, value.nbytes)
+        try:
+            texts, end = _read_texts(raw, 0, value.count, value.errors)
+        except (struct.error, OverflowError, UnicodeDecodeError):
+            end = -1
+        if end != value.nbytes:
+            raise FormatError(self._file.path, "it was changed while it was being read.", AGAIN)
+        return texts
+
+    def __contains__(self, key: object) -> bool:  # a mapping's own would read the value
+        return key in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # copies and pickles cannot share the open file
+        return dict, (dict(self),)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} key-values of {self._file.path}>"
 
 
 class Header:
@@ -212,14 +231,14 @@ class Header:
             if depth == _MAX_DEPTH:
                 raise self._bad(f"{self._what} has arrays nested deeper than {_MAX_DEPTH}.")
             return self._array(self._unpack(_U32), depth + 1)
-        return self._read(self._strings(1))[0] if kind == _STRING else self._numbers(kind, 1)[0]
+        return self._strings(1)[0] if kind == _STRING else self._numbers(kind, 1)[0]
 
     def _array(self, kind: int, depth: int) -> list[Any] | _Texts:
         if kind == _ARRAY:
             return [self._value(_ARRAY, depth) for _ in range(self._count("arrays", 4 + 8))]
         if kind == _STRING:
-            found = self._strings(self._count("strings", 8))
-            return found if depth == 1 else self._read(found)
+            count = self._count("strings", 8)
+            return self._pass_strings(count) if depth == 1 and count >= _MANY else self._strings(count)
         return self._numbers(kind, self._count("numbers", 1))
 
     def _numbers(self, kind: int, count: int) -> list[Any]:
@@ -229,10 +248,30 @@ class Header:
         numbers: list[Any] = np.frombuffer(self.data, dtype, count, self._need(count * dtype.itemsize)).tolist()
         return numbers
 
-    def _strings(self, count: int) -> _Texts:
-        """Passes over strings, and finds out whether all of them are UTF-8. Opening waits for this: a vocabulary has
-        some 100 000, so they are looked at together, with zeros for the lengths between them.
-        """
+    def _strings(self, count: int) -> list[str]:
+        begin = self.at
+        for _ in range(count):
+            self._need(self._unpack(_U64))
+        try:
+            return _read_texts(self.data, begin, count, "strict")[0]
+        except UnicodeDecodeError:
+            self._note_broken()
+            return _read_texts(self.data, begin, count, "surrogateescape")[0]
+
+    def _note_broken(self) -> None:
+        self.notes.append(f"{self._what} has strings that are not UTF-8; their bytes are kept as surrogate escapes")
+
+    def _pass_strings(self, count: int) -> _Texts:
+        """Find where a list of strings ends, and whether all of it is UTF-8: opening waits for some 100 000 of them."""
+        begin, broken = self.at, False
+        for done in range(0, count, _PIECE):
+            broken |= self._pass_piece(min(count - done, _PIECE))
+        if broken:
+            self._note_broken()
+        return _Texts(begin, self.at - begin, count, "surrogateescape" if broken else "strict")
+
+    def _pass_piece(self, count: int) -> bool:
+        """The strings are decoded together, with zeros for the lengths between them: whether that failed."""
         data, begin, at, length, places = self.data, self.at, self.at, _U64.unpack_from, []
         try:
             for _ in range(count):
@@ -247,19 +286,18 @@ class Header:
         try:
             whole.tobytes().decode()
         except UnicodeDecodeError:
-            self.notes.append(f"{self._what} has strings that are not UTF-8; their bytes are kept as surrogate escapes")
-            return _Texts(begin, at - begin, count, "surrogateescape")
-        return _Texts(begin, at - begin, count, "strict")
-
-    def _read(self, texts: _Texts) -> list[str]:
-        return _read_texts(self.data, texts.offset, texts.count, texts.errors)
+            return True
+        return False
 
 
-def _read_texts(data: bytes | mmap, at: int, count: int, errors: str) -> list[str]:
-    """Strings that lie one behind the other, each after its length. Raises UnicodeDecodeError if `errors` says so."""
+def _read_texts(data: bytes | mmap, at: int, count: int, errors: str) -> tuple[list[str], int]:
+    """Strings that lie one behind the other, each after its length, and where they end.
+
+    Raises UnicodeDecodeError if `errors` says so; struct.error or OverflowError if they are not those that were seen.
+    """
     texts = []
     for _ in range(count):
         begin = at + 8
         at = begin + _U64.unpack_from(data, at)[0]
         texts.append(str(data[begin:at], "utf-8", errors))
-    return texts
+    return texts, at

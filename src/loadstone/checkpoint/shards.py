@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import FormatError
 from .base import Array, Checkpoint
@@ -44,15 +44,13 @@ class Sharded(Checkpoint):
             raise FormatError(path, f"its shards have different formats: {', '.join(sorted(formats))}.", _AGAIN)
         (self.format,) = formats
         self.parts = dict(parts)
-        self.metadata = said = dict[str, Any]()
+        self.metadata = ChainMap(*(cast(dict[str, Any], part.metadata) for part in parts.values()))  # read only
         self._owner: dict[str, str] = {}
         twice = []
         for file, part in parts.items():
             for name in stored_names(part):
                 if self._owner.setdefault(name, file) != file:
                     twice.append(f"{shown(name)} in {self._owner[name]} and {file}")
-            for key, value in part.metadata.items():
-                said.setdefault(key, value)
             self.notes += part.notes
         if twice:
             raise FormatError(path, f"tensors lie in two shards: {few(twice)}.", _AGAIN)

@@ -41,7 +41,7 @@ class Kind:
         missing: why it cannot run on this machine, and what to do about it; empty if it can. Imports nothing heavy.
         devices: where it runs; empty means wherever torch does.
         dtypes: what it computes in; empty means whatever torch does.
-        here: how it runs on this machine, where there is something to tell. Raises LoadstoneError for bad settings.
+        here: how it runs on this machine, where there is something to tell.
     """
 
     about: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 
+from ..errors import LoadstoneError
+
 MAX_VERSIONS = ("26.6",)  # whose graph interface `max_graph` was written and tested against
 
 
@@ -43,4 +45,7 @@ def native() -> str:
 def native_here() -> str:
     from ..native import how
 
-    return how()
+    try:
+        return how()
+    except LoadstoneError as error:  # a level that there is not, from the environment
+        return str(error)

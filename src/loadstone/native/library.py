@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import LoadstoneError
 from .build import LEVELS, LIBRARY, source_hash
 
+MOST_THREADS = 64  # engine.h's
 VARIABLE, LEVEL_VARIABLE = "LOADSTONE_NATIVE_LIBRARY", "LOADSTONE_NATIVE_LEVEL"
 _AGAIN = "`python -m loadstone.native.build` builds it (g++ is needed); without it, the engine torch runs everything."
 
@@ -117,9 +118,9 @@ def how() -> str:
 
 
 def choose_threads(wanted: int | None) -> int:
-    """As asked for, else OMP_NUM_THREADS, else the cores that this process may use."""
+    """As asked for, else OMP_NUM_THREADS, else the cores that this process may use; the latter up to `MOST_THREADS`."""
+    if wanted is not None and not 1 <= wanted <= MOST_THREADS:
+        raise LoadstoneError(f"the native engine takes 1 to {MOST_THREADS} threads, found {wanted}.")
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    threads = wanted if wanted is not None else int(given) if given.isdigit() and int(given) else library().ls_cores()
-    if not 1 <= threads <= 64:
-        raise LoadstoneError(f"the native engine takes 1 to 64 threads, found {threads}.")
-    return threads
+    usual = int(given) if given.isdigit() and int(given) else library().ls_cores()
+    return wanted or min(usual, MOST_THREADS)

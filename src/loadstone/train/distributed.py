@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ BACKENDS: Mapping[str, str] = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # How long a process waits in a collective for the others. Where the main process works alone they wait for ever.
 PATIENCE = timedelta(minutes=10)
 _POLL = 0.02  # seconds
+_LAST_WORD = 30.0  # seconds that the main process waits for the others in the end
 _FIRST_WORD = 5.0  # seconds that the others leave to the main process to say what went wrong
 # What gloo says, as plain RuntimeErrors, when another process is gone.
 _LOST = re.compile(r"gloo|Connection (closed|reset|refused)|Broken pipe|NCCL|socketPoll|recvVector|sendBytes", re.I)
@@ -203,6 +204,14 @@ class Ranks(World):
         except RuntimeError:  # the store is gone with the process that kept it
             return True
 
+    def leave(self) -> None:
+        """All is done. Without torchrun the store is in the main process, which waits until no other may ask it."""
+        waited_until = time.monotonic() + _LAST_WORD
+        with suppress(RuntimeError):  # the main process may have failed, and the store with it
+            self._store.add("left", 1)
+            while self.main and time.monotonic() < waited_until and self._store.add("left", 0) < self.size:
+                time.sleep(_POLL)
+
     # -- checkpoints
 
     def store(self, tensors: Mapping[str, Tensor], beside: Path) -> Callable[[Path], None]:
@@ -273,8 +282,6 @@ def ending_together(world: Ranks) -> Iterator[World]:
     """An error in one process ends all, and is raised in one of them; in the others SystemExit is."""
     try:
         yield world
-        if dist.is_initialized():
-            dist.barrier()  # the process that keeps the store, the main one without torchrun, is the last to need none
     except LoadstoneError:
         if not world.may_speak(at_once=False):
             raise SystemExit(2) from None
@@ -290,5 +297,6 @@ def ending_together(world: Ranks) -> Iterator[World]:
             "many processes as you like."
         ) from None
     # After an error there is no taking leave: the others may never answer, and torchrun ends them.
+    world.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
