@@ -43,8 +43,8 @@ demo: $(VENV)/installed
 	@$(MAKE) --no-print-directory $(VENV)/model
 	@for command in "inspect smollm2" "plan smollm2" "verify smollm2"; do \
 		printf '\n$$ loadstone %s\n' "$$command"; $(RUN) $$command || exit $$?; done
-	@printf '\n$$ loadstone chat smollm2 --prompt "What is the capital of France?" --temperature 0\n'
-	@$(RUN) chat smollm2 --prompt "What is the capital of France?" --temperature 0
+	@printf '\n$$ loadstone chat smollm2 --prompt "What is the capital of Germany?" --temperature 0\n'
+	@$(RUN) chat smollm2 --prompt "What is the capital of Germany?" --temperature 0
 	@printf '\nYour turn:  . $(VENV)/bin/activate && loadstone chat smollm2\n'
 
 # worksteal: each worker keeps to its half of the files, so that what a module prepares is prepared once; the first to be
