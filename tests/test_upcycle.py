@@ -171,7 +171,7 @@ def test_the_folder_is_certified_and_comes_back(
 
 def test_the_command(run: Run, tmp_path: Path) -> None:
     save_model(MODELS["llama"](), tmp_path / "old")
-    status, out, err = run("upcycle", tmp_path / "old", tmp_path / "new", "--experts", 4, "--experts-used", 2, "--json")
+    status, out, err = run("upcycle", tmp_path / "old", tmp_path / "new", "--experts", 4, "--json")  # 2 of them used
     report = json.loads(out)
     assert (status, report["dialect"]) == (0, "mixtral/hf"), err
     assert report["logits_changed"] < 1e-5 < report["largest"]

@@ -222,7 +222,7 @@ def test_the_second_way_out_unties() -> None:
     strategy = strategy_for(model, "gradual", untie=True)
     assert "head.weight" in strategy.trainable(model, 0, 5)
     assert "head  " in strategy.describe(model)
-    with pytest.raises(AssertionError, match="untie"):
+    with pytest.raises(ConfigError, match=r"untie\(model\) first"):
         strategy.apply(model, 0, 5)
     assert untie(model)
     assert not untie(model)

@@ -127,7 +127,10 @@ def test_a_wrong_method_and_a_wrong_type_are_refused(server: Serving) -> None:
     assert server.call("/v1/completions").status == 405
     assert server.call("/health", {}).json["error"]["message"]
     asked = {"model": "plain", "prompt": "a", "max_tokens": 1}
-    assert server.call("/v1/completions", asked, content_type="text/plain").status == 400  # what a web page may send
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # what a web page may send, and curl by itself
+        found = server.call("/v1/completions", asked, content_type=kind)
+        assert (found.status, kind in found.json["error"]["message"]) == (400, True)
+        assert "Content-Type: application/json" in found.json["error"]["message"]
     assert server.call("/v1/completions", asked, content_type="application/json; charset=utf-8").status == 200
 
 

@@ -94,6 +94,9 @@ class RunOptions(OpenOptions):
 class EngineOptions(RunOptions):
     """How to read SRC and what runs it."""
 
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), float32, bfloat16, float16, float64; with the engine native q8, q4.")
+    ] = "auto"
     engine: Annotated[
         str,
         typer.Option(

@@ -82,4 +82,5 @@ def comparison(model: GPT, what: Examination) -> Callable[[GPT], Change]:
 def described(change: Change) -> str:
     """What it was measured on, as a line."""
     protocol = {key: value for key, value in change.protocol.items() if key not in ("sha256", "form")}
-    return f"{'; '.join(f'{key} {value}' for key, value in protocol.items())}; {change.tokens:,} tokens"
+    named = [f"{key.replace('_', ' ')}: {value}" for key, value in protocol.items()]
+    return "; ".join([*named, f"{change.tokens:,} tokens"])

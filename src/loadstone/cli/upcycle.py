@@ -24,7 +24,8 @@ def upcycle(
     ] = None,
     experts: Annotated[int | None, typer.Option(min=1, metavar="E", help="Experts, each a copy of the MLP.")] = None,
     experts_used: Annotated[
-        int | None, typer.Option(min=1, metavar="A", help="Experts that the router picks for a token.")
+        int | None,
+        typer.Option(min=1, metavar="A", help="Experts that the router picks for a token. [default: 2, if there are]"),
     ] = None,
     change: Annotated[
         Many,
@@ -38,10 +39,11 @@ def upcycle(
 
     DST is HuggingFace's folder where a family has the new form (Llama's experts are a Mixtral), else our own.
     """
+    experts_used = experts_used or (min(2, experts) if experts else None)
     named = {"n_kv_heads": kv_heads, "n_experts": experts, "n_experts_used": experts_used}
     changes = config_fields(change) | {field: value for field, value in named.items() if value is not None}
     if not changes:
-        raise LoadstoneError("nothing is to be changed: --kv-heads N, or --experts E --experts-used A.")
+        raise LoadstoneError("nothing is to be changed: --kv-heads N, or --experts E.")
     from ..convert import may_replace
     from ..layouts import LAYOUTS
     from ..save import save_model

@@ -33,7 +33,7 @@ _ABSENT: Mapping[str, str] = {
     "pos_emb": "its positions are rotary, not learned",
     "head": "it is a classifier, whose output layer is `score`",
     "score": "it is no classifier; the output layer of a language model is `head`",
-    "lora": "no adapter was added to it",
+    "lora": "no adapter was added to it (--lora RANK, or add_lora)",
 }
 
 

@@ -118,7 +118,7 @@ class Strategy:
         wanted, changed = self.trainable(model, step, steps_per_epoch), False
         named = dict(model.named_parameters())
         if not wanted <= named.keys():
-            raise AssertionError("untie(model) comes before apply")
+            raise ConfigError("strategy: it trains a head that this model ties to its embedding: untie(model) first.")
         for name, parameter in named.items():
             if parameter.requires_grad != (name in wanted):
                 parameter.requires_grad_(name in wanted)

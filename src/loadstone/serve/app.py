@@ -90,8 +90,11 @@ def _errors(app: FastAPI, models: Models) -> None:
     """Every error is OpenAI's object, and none shows a traceback."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         wrong = _telling(error.errors())
+        kind = request.headers.get("content-type", "none")
+        if wrong["type"] == "model_attributes_type" and "json" not in kind:
+            return failure(400, f"the body is read as JSON with Content-Type: application/json only, found {kind}.")
         if wrong["type"] == "json_invalid":
             return failure(400, f"the body is not JSON: {wrong['ctx']['error']}, at character {wrong['loc'][-1]}.")
         where = ".".join(str(part) for part in wrong["loc"][1:] if _named(part)) or None

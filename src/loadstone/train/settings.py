@@ -56,7 +56,9 @@ class Settings:
     save_every: int = _option(0, "Steps from one checkpoint to the next; 0: as --eval-every.", harmless=True)
     keep: int = _option(2, "Checkpoints kept, besides the best.", harmless=True)
     log_every: int = _option(10, "Steps from one line of metrics.jsonl to the next.", harmless=True)
-    updates_every: int = _option(0, "Steps from one line of updates.jsonl (how far each layer moved) to the next.")
+    updates_every: int = _option(
+        0, "Steps from one line of updates.jsonl (how far each layer moved) to the next; 0: none."
+    )
     tensorboard: bool = _option(False, "Write TensorBoard's event files too (extra `tensorboard`).", harmless=True)
 
     def __post_init__(self) -> None:
